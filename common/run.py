@@ -1,0 +1,486 @@
+"""The folder of one run: what was asked, what came out, and how to go on after a kill.
+
+    config.yaml        every flag; `python grpo.py --config runs/grpo/config.yaml --output_dir runs/again` repeats it
+    script.py          the script as it was when the run started
+    environment.json   command line, commit, package versions, hardware, seed; never an environment variable
+    metrics.jsonl      one flat line per logged step; only values that a repeated run gives again, byte for byte
+    clock.jsonl        seconds, tokens per second, memory: what no rerun repeats
+    samples.jsonl      what the model wrote
+    checkpoints/       step-00000100/{state.pt, manifest.json}, each whole or not there
+    final/             the trained model
+
+A checkpoint is written under another name, synced to disk and renamed, so a process killed at any instruction leaves
+only whole ones. Its manifest holds the checksum of the state and the length of the .jsonl files, which are cut back to
+that length on resume: a killed and resumed run ends with the same bytes as one that was left alone.
+
+On several ranks every rank builds a `Run`; only the main one writes and prints, all read the same folder.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typeguard
+import tyro
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
+LOGS = ("metrics.jsonl", "clock.jsonl", "samples.jsonl")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the file, the row and the remedy."""
+
+
+def launch(main: Callable[[Any], None], Args: type, argv: list[str] | None = None) -> None:
+    """`main(args)` with the flags of the command line, as a well-behaved program.
+
+    `--config FILE` reads defaults from the config.yaml of a run; flags override it. Exit status: 0, 1 (a mistake of the
+    user, told in one sentence), 130 (Ctrl-C). Anything else is a bug here and keeps its traceback.
+    """
+    try:
+        main(parse_flags(Args, sys.argv[1:] if argv is None else argv, sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        console.print(f"error: {error}", style="red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_flags(Args: type, argv: list[str], script_doc: str | None) -> Any:
+    """An `Args`. Wrong flags are told by tyro in a box and leave with status 1, like every other mistake."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    description = (script_doc or "").strip().split("\n\n")[0]
+    description += "\n\n--config FILE takes the defaults from the config.yaml of a run; flags override it."
+    try:
+        known, flags = parser.parse_known_args(argv)
+        default = Args() if known.config is None else read_config(Path(known.config), Args)
+        return tyro.cli(Args, args=flags, default=default, description=description, use_underscores=True)
+    except SystemExit as stop:
+        sys.exit(1 if stop.code else 0)
+
+
+def read_config(path: Path, Args: type) -> Any:
+    """`Args` with the values of a yaml file; UserError for a file, a key or a value that does not fit."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        hints = typing.get_type_hints(Args)
+        for name, value in values.items():
+            if name not in hints:
+                near = difflib.get_close_matches(str(name), hints, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else ""
+                raise UserError(f"--config {path}: unknown key `{name}`{hint}")
+            if isinstance(value, str) and hints[name] in (float, float | None):
+                values[name] = float(value)  # yaml takes 1e-5, without a point, for text
+            elif isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
+                values[name] = tuple(value)
+            typeguard.check_type(values[name], hints[name], collection_check_strategy=ALL_ITEMS)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not a readable list of `name: value`: {reason}") from None
+    except (ValueError, typeguard.TypeCheckError) as error:
+        raise UserError(f"--config {path}: `{name}: {value}` does not fit: {error}") from None
+    return Args(**values)
+
+
+class Run:
+    """A run folder with its logs, its checkpoints and its console.
+
+    Of `args`, a dataclass, it reads output_dir, resume, seed, keep_checkpoints, report_to and inspect.
+    """
+
+    def __init__(self, args: Any, script: str, is_main: bool = True):
+        """Opens `args.output_dir` for a new run, or for the rest of an interrupted one with `args.resume`.
+
+        A look with `args.inspect` prints and leaves no trace. Raises UserError when the folder holds a run already, or,
+        on resume, one that other flags began.
+        """
+        self.args, self.is_main, self.writes = args, is_main, is_main and not args.inspect
+        self.folder = Path(args.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        # Without a terminal rich would wrap at 80 columns; log files read better with one line per line.
+        self.console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+        self.pace: tuple[int, float] | None = None  # step and time of the first progress line
+        self.wandb = self.tensorboard = None
+        if not self.writes:
+            return
+
+        config = plain_config(args)
+        holds_a_run = (self.folder / "config.yaml").exists()
+        if holds_a_run and not args.resume:
+            remedy = "continue it with --resume, choose another --output_dir, or delete it"
+            raise UserError(f"{self.folder} already holds a run: {remedy}")
+        if holds_a_run:
+            refuse_other_config(self.folder / "config.yaml", config)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder} cannot be created: {error.strerror}") from None
+        self.lock = lock_folder(self.folder)
+        for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
+            shutil.rmtree(leftover)
+
+        source = Path(script).read_text(encoding="utf-8")
+        environment = describe_environment(Path(script).parent, args.seed)
+        if holds_a_run:
+            before = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
+            environment |= {"run_id": before["run_id"], "before_resume": before}
+            if (self.folder / "script.py").read_text(encoding="utf-8") != source:
+                self.print(f"{script} has changed since this run began: it may not end as it would have")
+        write_whole(self.folder / "script.py", source)
+        write_whole(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+        # Last: from here on the folder holds a run.
+        write_whole(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self.open_trackers(config, environment["run_id"])
+
+    def open_trackers(self, config: dict, run_id: str) -> None:
+        """wandb and tensorboard, each imported only when asked for."""
+        try:
+            if "wandb" in self.args.report_to:
+                import wandb
+
+                names = {"project": "postscripts", "name": self.folder.name, "id": run_id}
+                self.wandb = wandb.init(**names, resume="allow", dir=self.folder, config=config)
+            if "tensorboard" in self.args.report_to:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        except ImportError as error:
+            raise UserError(f"--report_to needs a package that is not installed: pip install {error.name}") from None
+
+    def log(self, step: int, metrics: dict[str, float], clock: dict[str, float] | None = None) -> None:
+        """One line in metrics.jsonl and, for what no rerun repeats, one in clock.jsonl; both go to the trackers.
+
+        Values may be numbers or tensors of one element. NaN and infinities become null; integers stay integers.
+        """
+        if not self.writes:
+            return
+        metrics, clock = plain_numbers(metrics), plain_numbers(clock or {})
+        self.append("metrics.jsonl", {"step": step, **metrics})
+        if clock:
+            self.append("clock.jsonl", {"step": step, **clock})
+        if self.wandb is not None:
+            self.wandb.log(metrics | clock, step=step)
+        if self.tensorboard is not None:
+            for name, value in (metrics | clock).items():
+                self.tensorboard.add_scalar(name, math.nan if value is None else value, step)
+
+    def append(self, name: str, record: dict) -> None:
+        """One JSON line at the end of a file of the run, handed to the system at once."""
+        if not self.writes:
+            return
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def print(self, *renderables: Any) -> None:
+        """Text or rich objects, on the main process only. Plain text is printed as it is, brackets included."""
+        if self.is_main:
+            self.console.print(*renderables, soft_wrap=all(isinstance(item, str) for item in renderables))
+
+    def progress(self, step: int, total: int, metrics_to_show: dict[str, float]) -> None:
+        """One line: step 120/300, the time left at this process's own pace (from its second line on), some numbers."""
+        now = time.monotonic()
+        self.pace = self.pace or (step, now)
+        first, since = self.pace
+        left = ""
+        if step > first:
+            left = f"{datetime.timedelta(seconds=round((now - since) / (step - first) * (total - step)))} left"
+        numbers = "  ".join(f"{name} {show(value)}" for name, value in plain_numbers(metrics_to_show).items())
+        self.print(f"step {step:>{len(str(total))}}/{total}  {left:<12}  {numbers}")
+
+    def gate(self, name: str, value: float, expected: str, ok: bool) -> None:
+        """A number that must hold before (or right after) the first update; UserError when it does not."""
+        self.print(f"gate  {name:<44}  {show(value):>10}  (expected {expected})  {'ok' if ok else 'FAILED'}")
+        if not ok:
+            raise UserError(f"gate `{name}` failed: {show(value)}, expected {expected}; the run stops here")
+
+    def samples(self, title: str, columns: list[str], rows: list[list]) -> None:
+        """A table of what the model wrote, long texts cropped; whole in samples.jsonl."""
+        if not self.is_main:
+            return
+        table = Table(title=Text(title), title_justify="left", show_lines=True)
+        for column in columns:
+            table.add_column(Text(column), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(crop(show(cell))) for cell in row))
+            self.append("samples.jsonl", {"title": title} | plain_numbers(dict(zip(columns, row, strict=True))))
+        self.console.print(table)
+
+    @property
+    def final_folder(self) -> Path:
+        """Where the trained model goes."""
+        return self.folder / "final"
+
+    def save_checkpoint(self, step: int, state: dict) -> None:
+        """Writes `state` (nested dicts and lists of tensors, numbers, strings, None), whole or not at all.
+
+        Keeps the newest `args.keep_checkpoints` (0: all). Raises pickle.UnpicklingError, on the first call rather than
+        on the resume that needs it, when the state holds something that cannot be loaded safely.
+        """
+        folder = self.checkpoints / f"step-{step:08d}"
+        if not self.writes or folder.exists():  # there already: a finished run, resumed at its last step
+            return
+        for name in LOGS:  # the manifest must not promise lines that a power cut can still take
+            with (self.folder / name).open("a") as file:
+                os.fsync(file.fileno())
+        aside = self.checkpoints / f".tmp-{folder.name}"
+        aside.mkdir()
+        with (aside / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Only the structure is read here, not the tensors.
+        torch.load(aside / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+        manifest = {
+            "step": step,
+            "sha256": sha256(aside / "state.pt"),
+            "log_bytes": {name: (self.folder / name).stat().st_size for name in LOGS},
+        }
+        write_whole(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        aside.rename(folder)
+        sync_folder(self.checkpoints)
+        keep = self.args.keep_checkpoints
+        for old in sorted(self.checkpoints.glob("step-*"), reverse=True)[keep:] if keep else ():
+            # Renamed first: killed in the middle, what remains is a leftover and not a torn checkpoint.
+            shutil.rmtree(old.rename(self.checkpoints / f".tmp-{old.name}"))
+
+    def load_checkpoint(self) -> tuple[int, dict] | None:
+        """(step, state on the CPU) of the newest whole checkpoint, or None: not resuming, or nothing to resume from.
+
+        A checkpoint whose bytes are not those of its manifest is renamed to torn-..., and that is said. The logs are
+        cut back to where they were when the checkpoint was written, or emptied.
+        """
+        if not self.args.resume:
+            return None
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            manifest = read_manifest(folder)
+            if manifest is not None:
+                self.cut_logs(manifest["log_bytes"])
+                self.print(f"resuming after step {manifest['step']} from {folder}")
+                return manifest["step"], torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            torn = folder.with_name(f"torn-{time.time_ns()}-{folder.name}")
+            self.print(f"{folder} is torn (its bytes are not those of its manifest): skipped, kept as {torn.name}")
+            if self.writes:
+                folder.rename(torn)
+        self.cut_logs({})
+        self.print(f"nothing to resume in {self.folder}: starting from the beginning")
+        return None
+
+    def cut_logs(self, log_bytes: dict[str, int]) -> None:
+        """Cuts the logs back to the given lengths; those not named are emptied."""
+        for name in LOGS if self.writes else ():
+            with (self.folder / name).open("ab") as file:
+                file.truncate(min(file.tell(), log_bytes.get(name, 0)))
+
+    def close(self) -> None:
+        """Flushes the trackers and frees the folder."""
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.writes:
+            self.lock.close()
+
+
+def plain_config(args: Any) -> dict:
+    """What config.yaml says of `args`, read back (tuples are lists). `resume` is off, for a config repeats a run."""
+    return yaml.safe_load(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)) | {"resume": False}
+
+
+def refuse_other_config(path: Path, config: dict) -> None:
+    """UserError when a resumed run would go on with other flags; how long, how often and where to is free to change."""
+    free = re.compile(r"resume|output_dir|max_steps|keep_checkpoints|inspect|(save|log|logging|report)_.*")
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [name for name in {**before, **config} if not free.fullmatch(name) and before.get(name) != config.get(name)]
+    if names:
+        changes = ", ".join(f"{name} (was {before.get(name)}, now {config.get(name)})" for name in names)
+        remedy = f"use the same, for example by --config {path}, or begin a new run with another --output_dir"
+        raise UserError(f"--resume with other flags than the run in {path.parent} began with: {changes}; {remedy}")
+
+
+def lock_folder(folder: Path) -> typing.TextIO:
+    """An open, locked file, freed when the process ends however it ends; UserError when another process holds it."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"another process is writing to {folder}: wait for it, or choose another --output_dir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def describe_environment(folder: Path, seed: int) -> dict:
+    """What a reader needs to repeat or to judge the run. No environment variables, no host name: logs get published."""
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", folder, *words], check=True, capture_output=True, text=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "run_id": secrets.token_hex(4),  # carried over a resume: one wandb run before and after
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.executable).name, *sys.argv],
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": dict(sorted((item.name, item.version) for item in importlib.metadata.distributions())),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that a kill or a power cut leaves the old one or the new one."""
+    aside = path.with_name(f".tmp-{path.name}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder (a rename is only that) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a whole checkpoint; None when anything is missing or differs."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if manifest["sha256"] == sha256(folder / "state.pt") else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def plain_numbers(values: dict) -> dict:
+    """Tensors and numpy numbers of one element as Python numbers, NaN and infinities as None, the rest as it is."""
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
+
+def show(value: Any) -> str:
+    """A number as the console shows it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def crop(text: str, length: int = 400) -> str:
+    """Both ends of a long text, line breaks visible."""
+    text = text.replace("\n", "⏎\n")
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
+
+
+def set_seed(seed: int) -> None:
+    """Seeds python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict:
+    """The generators of this process, in types that `torch.load(weights_only=True)` accepts."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: dict) -> None:
+    """The inverse of `random_state`, on the same kind of machine."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def show_batch(run: Run, tokenizer: Any, batch: Any, advantages_N: torch.Tensor | None = None) -> None:
+    """Prints one packed micro-batch: per sequence its place, positions and advantage, then its tokens coloured by role.
+
+    batch: common.data.MicroBatch. advantages_N: [N] or None. Where colours do not show, «» enclose the trained tokens.
+    """
+    colours = {"prompt": "bright_black", "trained": "green", "trained, advantage < 0": "red", "masked": "yellow"}
+    counts = dict.fromkeys(colours, 0)
+    plain = not run.console.is_terminal
+    start = 0
+    for sequence, length in enumerate(batch.lengths):
+        tokens = slice(start, start + length)
+        positions, mask = batch.position_ids_N[tokens].tolist(), batch.loss_mask_N[tokens].tolist()
+        advantages = [0.0] * length if advantages_N is None else advantages_N[tokens].tolist()
+        head = f"sequence {sequence}  tokens {start}..{start + length - 1}  positions {positions[0]}..{positions[-1]}"
+        if advantages_N is not None:
+            trained = [value for value, is_trained in zip(advantages, mask, strict=True) if is_trained] or [math.nan]
+            head += f"  advantage {min(trained):+.3f}" + (
+                f"..{max(trained):+.3f}" if min(trained) != max(trained) else ""
+            )
+        text = Text()
+        for offset, token in enumerate(batch.input_ids_N[tokens].tolist()):
+            role = "masked" if any(mask[:offset]) else "prompt"
+            if mask[offset]:
+                role = "trained, advantage < 0" if advantages[offset] < 0 else "trained"
+            counts[role] += 1
+            opens = plain and mask[offset] and not (offset and mask[offset - 1])
+            closes = plain and mask[offset] and not (offset + 1 < length and mask[offset + 1])
+            word = tokenizer.decode([token]).replace("\n", "⏎\n")
+            text.append("«" * opens + word + "»" * closes, style=colours[role])
+        run.print(Text(head, style="bold"))
+        run.print(text)
+        start += length
+    legend = Text(f"{start} tokens: ", style="bold")
+    for role, colour in colours.items():
+        legend.append(f"  {role} {counts[role]}", style=colour)
+    run.print(legend)
