@@ -1,0 +1,549 @@
+"""Models: load, adapt, run packed, score tokens, save. What changes here is what a release of transformers or peft changes.
+
+Three ideas carry this file.
+
+**Packed attention.** A micro-batch is one row of N tokens, B sequences end to end (`common/data.py`). We register one
+attention implementation under the name "packed". On CUDA it is torch's own `varlen_attn` (flash attention over
+cu_seqlens); elsewhere, and in fp32, it gathers sequences of similar length into small rectangles and runs `sdpa` on
+each, so that no sequence sees another and no N x N mask is ever built. Right padding inside a rectangle is harmless:
+causal attention never looks right. A model that cannot be packed (state-space layers, soft-capped attention, anything
+whose packed hidden states differ from its separate ones, which is measured once at load) runs one sequence per row.
+
+**Token log-probs without logits.** `score_tokens` projects only positions that carry loss, in chunks, and recomputes
+the chunk's logits in the backward pass: log-softmax in fp32, temperature before it, never an [N, V] tensor.
+
+**fp32 masters.** With bf16 compute a step of 1e-6 is smaller than half an ulp of most weights and rounds away, so the
+optimiser owns fp32 copies, and gradients of every micro-batch are added up in fp32 (`MasterAdamW`).
+
+Dropout is always off: with it the ratio of two forward passes is not 1, and packed attention does not implement it.
+
+Dimension key: N tokens of a micro-batch, K positions with loss, B sequences, T positions of one sequence, V vocabulary,
+H attention heads, D head size, E hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from common import toy
+from common.data import Example, Layout, MicroBatch, collate
+from common.run import UserError
+
+# ------------------------------------------------------------------------------------------------ packed attention
+
+
+@dataclass
+class Segments:
+    """Which keys each token of a packed row attends to; built once per micro-batch, read by every layer.
+
+    Every sequence of the row is a segment of queries; its keys are those of a prompt that stands elsewhere in the row,
+    if it shares one, then its own. For `varlen_attn` that is cu_seqlens of both and one gather of the keys. Elsewhere
+    it is rectangles: sequences with prompts of one length and rests of similar length.
+    """
+
+    cu_queries: torch.Tensor  # int32 [B + 1]
+    cu_keys: torch.Tensor
+    longest_query: int
+    longest_key: int
+    key_index: torch.Tensor | None  # None: the keys are the row itself
+    rectangles: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # query index [B, T], key index [B, S], ages [T, S]
+    slot_N: torch.Tensor | None  # where in all rectangles, laid flat, each token of the row came to stand
+
+
+def segments(batch: MicroBatch, use_varlen: bool) -> Segments:
+    """Rectangles group lengths that differ by at most a quarter, so little attention is wasted on padding."""
+    device, starts = batch.input_ids_N.device, [0, *accumulate(batch.lengths)]
+    longest_key = max(len(prompt) + length for prompt, length in zip(batch.prompts, batch.lengths))
+    if use_varlen:
+        cu_keys, key_index = batch.cu_seqlens, None
+        if any(batch.prompts):
+            own = [range(start, start + length) for start, length in zip(starts, batch.lengths)]
+            keys = [list(prompt) + list(rest) for prompt, rest in zip(batch.prompts, own)]
+            key_index = torch.tensor([key for part in keys for key in part], device=device)
+            cu_keys = torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32, device=device)
+        return Segments(batch.cu_seqlens, cu_keys, batch.max_length, longest_key, key_index, [], None)
+
+    rectangles, slot_N, written = [], torch.empty(starts[-1], dtype=torch.long), 0
+    order = sorted(range(len(batch.lengths)), key=lambda b: (len(batch.prompts[b]), batch.lengths[b]))
+    while order:
+        prefix, shortest = len(batch.prompts[order[0]]), batch.lengths[order[0]]
+        group = [b for b in order if len(batch.prompts[b]) == prefix and batch.lengths[b] <= 1.25 * shortest + 4]
+        order = order[len(group):]
+        column_T = torch.arange(batch.lengths[group[-1]])
+        # Right of a short sequence its last token is repeated: causal attention never looks there, nobody reads it
+        own_BT = torch.stack([starts[b] + column_T.clamp(max=batch.lengths[b] - 1) for b in group])
+        prompt_BP = torch.tensor([list(batch.prompts[b]) for b in group], dtype=torch.long).view(len(group), prefix)
+        age_TS = prefix + column_T[:, None] - torch.arange(prefix + len(column_T))
+        for row, b in enumerate(group):
+            slot_N[starts[b]:starts[b + 1]] = written + row * len(column_T) + column_T[:batch.lengths[b]]
+        rectangles.append((own_BT.to(device), torch.cat([prompt_BP, own_BT], 1).to(device), age_TS.to(device)))
+        written += own_BT.numel()
+    return Segments(batch.cu_seqlens, batch.cu_seqlens, batch.max_length, longest_key, None, rectangles, slot_N.to(device))
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
+    """Causal attention inside each sequence of a packed row. query [1, H, N, D] -> output [1, N, H, D]."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings under autocast hand back fp32
+    if segments.slot_N is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if q.shape[1] != k.shape[1]:  # torch 2.11 has no grouped heads here; repeating them costs 2 %
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        if segments.key_index is not None:
+            k, v = k[segments.key_index], v[segments.key_index]
+        out = varlen_attn(
+            q, k, v, segments.cu_queries, segments.cu_keys, segments.longest_query, segments.longest_key,
+            scale=scaling, window_size=((sliding_window or 0) - 1, 0),
+        )
+        return out[None], None
+
+    grouped, flat = query.shape[1] != key.shape[1], []
+    for own_BT, key_BS, age_TS in segments.rectangles:
+        q, k, v = (
+            x[0, :, index.flatten()].unflatten(1, index.shape).transpose(0, 1)
+            for x, index in ((query, own_BT), (key, key_BS), (value, key_BS))
+        )
+        mask = None
+        if age_TS.shape[0] < age_TS.shape[1] or (sliding_window is not None and sliding_window < age_TS.shape[0]):
+            mask = (age_TS >= 0) & (age_TS < (sliding_window or 2**31))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        flat.append(out.transpose(1, 2).flatten(0, 1))  # [B * T, H, D]
+    return torch.cat(flat)[segments.slot_N][None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto": bf16 on an accelerator, fp32 on a CPU."""
+    return getattr(torch, {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(dtype, dtype))
+
+
+def load_tokenizer(name: str, chat_template: str | None = None):
+    """A fast tokenizer from a folder, a hub name, a .gguf file or "toy"; `chat_template`: a file, or the template itself."""
+    if name == "toy":
+        tokenizer = toy.toy_tokenizer()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name))
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no EOS token, so a model could never learn to stop: set one in it")
+    if chat_template is not None:
+        path = Path(chat_template)
+        tokenizer.chat_template = path.read_text() if "{" not in chat_template and path.is_file() else chat_template
+        if "{" not in tokenizer.chat_template:
+            raise UserError(f"--chat_template {chat_template!r} is neither a file nor a Jinja template")
+    return tokenizer
+
+
+def load_policy(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+):
+    """A causal language model in eval mode, dropout off, packed attention on if the model allows it.
+
+    Args:
+        name: a folder, a hub name, a .gguf file, or "toy" (fresh weights from the global generator: seed first).
+        dtype: of weights and compute.
+
+    Raises:
+        UserError: nothing loadable there, or bitsandbytes missing.
+    """
+    transformers_logging.disable_progress_bar()
+    if name == "toy":
+        model = AutoModelForCausalLM.from_config(toy.toy_config(), dtype=dtype)
+    elif name.endswith(".gguf"):
+        # The de-quantised model refuses save_pretrained, so its weights move into one built from the plain config.
+        source = AutoModelForCausalLM.from_pretrained(**_source(name), dtype=dtype)
+        del source.config.quantization_config
+        model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
+        model.load_state_dict(source.state_dict())
+        model.generation_config = source.generation_config
+    else:
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        if load_in_4bit or load_in_8bit:
+            try:
+                import bitsandbytes  # noqa: F401
+            except ImportError:
+                raise UserError("--load_in_4bit and --load_in_8bit need the package bitsandbytes, which is not installed")
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
+                bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True,
+            )
+            options["device_map"] = {"": device}
+        model = AutoModelForCausalLM.from_pretrained(**_source(name), **options)
+    return prepare_model(model.to(device) if not (load_in_4bit or load_in_8bit) else model)
+
+
+def _source(name: str) -> dict:
+    """from_pretrained arguments for a folder, a hub name or a .gguf file; a UserError that says what was looked for."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"--model_name_or_path {name}: no such .gguf file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model_name_or_path {name}: that folder holds no config.json, so it is not a model")
+        return {"pretrained_model_name_or_path": str(path)}
+    if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
+        hint = " (run `python sft.py` first: it writes runs/sft/final)" if name.startswith("runs/") else ""
+        raise UserError(f"--model_name_or_path {name}: no such folder{hint}")
+    try:
+        AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise UserError(f"--model_name_or_path {name}: not a folder here and not loadable from the hub ({_first(error)})")
+    return {"pretrained_model_name_or_path": name}
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def prepare_model(model):
+    """Dropout off, eval mode, and the most economical layout that gives the hidden states of separate sequences."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.use_cache = False
+    model.eval()
+    model.layout = "single"
+    if not getattr(model.config, "attn_logit_softcapping", None):  # which no kernel here has
+        model.layout = next((layout for layout in ("shared", "packed") if layout_error(model, layout) < 0.02), "single")
+    if model.layout != "single":
+        model.set_attn_implementation("packed")
+    return model
+
+
+@torch.no_grad()
+def layout_error(model, layout: Layout) -> float:
+    """Relative L2 difference of hidden states, three random sequences in one row against each alone; inf if it raises.
+
+    bf16 noise makes 0.01 of it; a document that sees its neighbour 0.3 or more.
+    """
+    generator, vocabulary = np.random.default_rng(0), model.get_input_embeddings().weight.shape[0]
+    draw = partial(generator.integers, vocabulary, dtype=np.int32)
+    prompt, device, stock = draw(size=5), next(model.parameters()).device, model.config._attn_implementation
+    sequences = [np.concatenate([prompt, draw(size=length)]) for length in (4, 9, 2)]
+    alone = [model.base_model(torch.tensor(ids, device=device)[None], use_cache=False)[0][0] for ids in sequences]
+    batch = collate([Example(ids, ids < 0, 0, len(prompt)) for ids in sequences], [0, 1, 2], device, layout)
+    try:
+        model.set_attn_implementation("packed")
+        together_N = hidden_states(model, batch).float()
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+        return float("inf")  # a model with a structure of its own
+    finally:
+        model.set_attn_implementation(stock)
+    alone_N = batch.take(alone).float()
+    return ((together_N - alone_N).norm() / alone_N.norm()).item()
+
+
+def layout_of(model) -> Layout:
+    """How sequences of this model may share a micro-batch, as measured when it was loaded."""
+    return base_model(model).layout
+
+
+def base_model(model):
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def add_lora(model, r: int, alpha: int, target_modules: list[str], use_rslora: bool, use_dora: bool):
+    """Wrap the model in a fresh LoRA adapter (fp32 matrices); `target_modules` empty means every linear layer but the head.
+
+    Raises:
+        UserError: a target that the model does not have, or the output head (its adapter would be ignored here).
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if any("lm_head" in name or "embed_out" in name for name in target_modules):
+        raise UserError("--lora_target_modules names the output head: its adapter is not supported, leave the head out")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", use_rslora=use_rslora,
+        use_dora=use_dora, task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {target_modules}: {_first(error)}")
+
+
+def speed_up(model, gradient_checkpointing: bool, torch_compile: bool):
+    """Trade compute for memory (recompute each layer in backward) and warm-up for speed (compile each layer once)."""
+    if gradient_checkpointing:
+        model.train()  # transformers checkpoints only in train mode; dropout is 0, so nothing else changes
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        base_model(model).enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
+    if torch_compile:
+        for layer in base_model(model).base_model.layers:
+            layer.compile(dynamic=True)
+
+
+@contextmanager
+def without_adapter(model):
+    """The model as it was before its LoRA adapter: the reference policy at no extra memory."""
+    with model.disable_adapter():
+        yield model
+
+
+# ------------------------------------------------------------------------------------------------ token log-probs
+
+
+def hidden_states(model, batch: MicroBatch) -> torch.Tensor:
+    """Last hidden states [N, E] of one packed micro-batch."""
+    model = base_model(model)
+    inputs = {"input_ids": batch.input_ids_N[None], "position_ids": batch.position_ids_N[None], "use_cache": False}
+    if model.config._attn_implementation == "packed":
+        use_varlen = batch.input_ids_N.is_cuda and model.dtype in (torch.bfloat16, torch.float16)
+        inputs["segments"] = segments(batch, use_varlen)
+    else:
+        assert len(batch.lengths) == 1, "this model cannot be packed: one sequence per micro-batch"
+    return model.base_model(**inputs).last_hidden_state[0]
+
+
+class TokenScores(NamedTuple):
+    """What a model says of the tokens of one packed row; fp32 [N], exactly 0 where `loss_mask_N` is False."""
+
+    logprobs_N: torch.Tensor  # log p(token | tokens before it), differentiable
+    entropies_N: torch.Tensor  # entropy of the distribution it was drawn from, nats, differentiable
+    correct_N: torch.Tensor  # 1 where the token is the likeliest one
+
+
+class _ScoreTokens(torch.autograd.Function):
+    """log softmax(z / temperature)[target] and its entropy for z = cap(hidden @ weight.T + bias), chunk by chunk.
+
+    Forward keeps two numbers a token; backward rebuilds a chunk's logits and turns them into their own gradient in place:
+      d logprob / d z = onehot(target) - p        d entropy / d z = -p * (log p + entropy)
+    Four matrix products in all instead of three, and no [K, V] tensor outlives its chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_KE, weight_VE, bias_V, target_K, temperature, softcap, chunk, statistics):
+        logprob_K = hidden_KE.new_empty(len(target_K), dtype=torch.float32)
+        lse_K, entropy_K, correct_K = (torch.zeros_like(logprob_K) for _ in range(3))
+        for start in range(0, len(target_K), chunk):
+            rows = slice(start, start + chunk)
+            z, _ = _logits(hidden_KE[rows], weight_VE, bias_V, temperature, softcap)
+            lse_K[rows] = z.logsumexp(-1)
+            logprob_K[rows] = z.gather(-1, target_K[rows, None])[:, 0] - lse_K[rows]
+            if statistics:
+                correct_K[rows] = (z.argmax(-1) == target_K[rows]).float()
+                entropy_K[rows] = lse_K[rows] - ((z - lse_K[rows, None]).exp_() * z).sum(-1)
+        ctx.save_for_backward(hidden_KE, weight_VE, bias_V, target_K, lse_K, entropy_K)
+        ctx.settings = temperature, softcap, chunk
+        ctx.mark_non_differentiable(correct_K)
+        ctx.set_materialize_grads(False)
+        return logprob_K, entropy_K, correct_K
+
+    @staticmethod
+    def backward(ctx, grad_logprob_K, grad_entropy_K, _):
+        hidden_KE, weight_VE, bias_V, target_K, lse_K, entropy_K = ctx.saved_tensors
+        temperature, softcap, chunk = ctx.settings
+        grad_logprob_K = torch.zeros_like(lse_K) if grad_logprob_K is None else grad_logprob_K
+        grad_hidden_KE = torch.empty_like(hidden_KE) if ctx.needs_input_grad[0] else None
+        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(target_K), chunk):
+            rows = slice(start, start + chunk)
+            z, slope = _logits(hidden_KE[rows], weight_VE, bias_V, temperature, softcap)
+            log_p = z.sub_(lse_K[rows, None])
+            if grad_entropy_K is None:
+                grad_z = log_p.exp_().mul_(-grad_logprob_K[rows, None])
+            else:
+                p = log_p.exp()
+                grad_z = -p * (grad_logprob_K + grad_entropy_K * entropy_K)[rows, None]
+                grad_z -= p.mul_(log_p).mul_(grad_entropy_K[rows, None])
+            grad_z.scatter_add_(-1, target_K[rows, None], grad_logprob_K[rows, None])
+            if slope is not None:
+                grad_z *= slope
+            if temperature != 1.0:
+                grad_z /= temperature
+            grad_z = grad_z.to(hidden_KE.dtype)
+            if grad_hidden_KE is not None:
+                grad_hidden_KE[rows] = grad_z @ weight_VE
+            if grad_weight_VE is not None:
+                grad_weight_VE += grad_z.T @ hidden_KE[rows]
+            if grad_bias_V is not None:
+                grad_bias_V += grad_z.sum(0, dtype=torch.float32)
+        grad_weight_VE = grad_weight_VE if grad_weight_VE is None else grad_weight_VE.to(weight_VE.dtype)
+        grad_bias_V = grad_bias_V if grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
+        return grad_hidden_KE, grad_weight_VE, grad_bias_V, None, None, None, None, None
+
+
+def _logits(hidden_KE, weight_VE, bias_V, temperature: float, softcap: float | None):
+    """fp32 logits over temperature [K, V], and the slope of the soft cap (None without one)."""
+    z, slope = F.linear(hidden_KE, weight_VE, bias_V).float(), None
+    if softcap is not None:
+        z = z.div_(softcap).tanh_()
+        slope = 1 - z**2
+        z = z * softcap
+    return z if temperature == 1.0 else z / temperature, slope
+
+
+def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False) -> TokenScores:
+    """Score every token that carries loss: log-probability and, if `statistics`, entropy and top-1 hit (else zeros).
+
+    `temperature` divides the logits, as the sampler's did. Statistics cost one more pass over the logits.
+    """
+    hidden_NE = hidden_states(model, batch)
+    core = base_model(model)
+    head = core.get_output_embeddings()
+    position_K = batch.loss_mask_N.nonzero()[:, 0]
+    divisor = getattr(core.config, "logits_scaling", None) or 1 / (getattr(core.config, "logit_scale", None) or 1)
+    scores = _ScoreTokens.apply(
+        hidden_NE[batch.source_N[position_K]],
+        head.weight, head.bias, batch.input_ids_N[position_K], temperature * divisor,
+        getattr(core.config, "final_logit_softcapping", None),
+        max(128, (2**28 if hidden_NE.is_cuda else 2**25) // head.weight.shape[0]),  # 1 GB of fp32 logits, 128 MB on CPU
+        statistics,
+    )
+    zeros_N = torch.zeros(len(hidden_NE), device=hidden_NE.device)
+    return TokenScores(*(zeros_N.index_put((position_K,), score_K) for score_K in scores))
+
+
+# ------------------------------------------------------------------------------------------------ optimiser
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW whose own parameters are fp32 copies of a low-precision model's.
+
+    A hook moves each parameter's gradient into its master's fp32 `.grad` as soon as backward has made it, so micro-batches
+    add up in fp32 and low-precision gradients never pile up. `step` writes the masters back, rounded once.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], **options):
+        self.compute = parameters
+        masters = [torch.nn.Parameter(p.detach().float()) for p in parameters]
+        super().__init__(masters, **options)
+        for parameter, master in zip(parameters, masters):
+            parameter.register_post_accumulate_grad_hook(partial(self._collect, master))
+
+    @staticmethod
+    def _collect(master, parameter):
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        torch._foreach_copy_(self.compute, self.param_groups[0]["params"])
+
+    def load_state_dict(self, state):
+        """Also restores the masters, which a plain optimiser state does not hold."""
+        super().load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.param_groups[0]["params"], state["masters"])
+            torch._foreach_copy_(self.compute, self.param_groups[0]["params"])
+
+    def state_dict(self):
+        return {"optimizer": super().state_dict(), "masters": [p.detach() for p in self.param_groups[0]["params"]]}
+
+
+def make_optimizer(model, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float):
+    """AdamW over the trainable parameters: fused where they are fp32, with fp32 masters where they are not.
+
+    Raises:
+        UserError: nothing to train.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError("the model has no trainable parameter")
+    options = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+    if all(p.dtype == torch.float32 for p in parameters):
+        return torch.optim.AdamW(parameters, **options)
+    return MasterAdamW(parameters, **options)
+
+
+def weight_sum(optimizer) -> float:
+    """One number that changes when any trained weight changes: the first update must move it."""
+    return sum(p.detach().double().abs().sum().item() for p in optimizer.param_groups[0]["params"])
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a small tensor over all ranks (itself in a single process)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
+    """Sum gradients over ranks (the loss already divides by global counts), clip them; the norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        sum_over_ranks(parameter.grad)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------ weights out
+
+
+@torch.no_grad()
+def full_parameters(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter under its Hugging Face name, LoRA merged on the fly, one at a time: what an engine's loader takes.
+
+    A tied output head comes under its own name as well: a loader that ties it skips the second.
+    """
+    modules = dict(base_model(model).named_modules())
+    for name, parameter in base_model(model).named_parameters(remove_duplicate=False):
+        if ".lora_" in name:
+            continue
+        owner, leaf = name.rsplit(".", 1)
+        if owner.endswith(".base_layer"):
+            layer = modules[owner.removesuffix(".base_layer")]
+            if leaf == "weight":
+                parameter = merged_weight(layer)
+            owner = owner.removesuffix(".base_layer")
+        yield f"{owner}.{leaf}", parameter.detach()
+
+
+def merged_weight(layer) -> torch.Tensor:
+    """W + scaling * B A of one LoRA layer; DoRA (2402.09353 Eq. 5) then rescales each output row to its magnitude."""
+    weight = layer.base_layer.weight.detach().float()
+    for adapter in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter).float()
+        if layer.use_dora.get(adapter, False):
+            magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
+            weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
+    return weight.to(layer.base_layer.weight.dtype)
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """A stock Hugging Face folder (a stock PEFT folder under LoRA): safetensors, tokenizer, generation_config untouched."""
+    core = base_model(model)
+    core.config.use_cache = True
+    model.save_pretrained(folder)
+    core.config.use_cache = False
+    tokenizer.save_pretrained(folder)
+
+
+def describe(model) -> str:
+    """One line: class, sizes, dtype, and whether packing is on."""
+    core = base_model(model)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packing = {
+        "shared": "packed, equal prompts computed once", "packed": "packed",
+        "single": "NOT packed: its attention mixes sequences of a row, so each runs alone",
+    }[core.layout]
+    return f"{type(core).__name__}: {total:,} parameters, {trainable:,} trainable, {core.dtype}, {packing}"

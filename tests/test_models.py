@@ -1,0 +1,267 @@
+"""Packed attention, token scores and weights out: held to stock transformers, one sequence at a time, in fp32."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, MistralConfig,
+    Qwen2Config, Qwen3Config,
+)
+
+from common.data import Example, collate, pack
+from common.models import (
+    MasterAdamW, add_lora, base_model, clip_gradients, full_parameters, layout_of, load_policy, load_tokenizer,
+    make_optimizer, prepare_model, save_model, score_tokens, without_adapter,
+)
+from common.run import UserError
+
+SMALL = dict(
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "qwen3": Qwen3Config(**SMALL),
+    "gemma": GemmaConfig(**SMALL),
+    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "mistral_sliding": MistralConfig(**SMALL, sliding_window=5),
+    "gpt_neox": GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads")}),
+}
+
+
+def build(kind: str):
+    torch.manual_seed(0)
+    return prepare_model(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind])))
+
+
+def sequences(lengths=(9, 3, 17, 1, 8), seed=0) -> list[Example]:
+    """Random ids; about half of the tokens carry loss, never the first."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for row, length in enumerate(lengths):
+        mask = generator.random(length) < 0.6
+        mask[0] = False
+        examples.append(Example(generator.integers(0, 97, length).astype(np.int32), mask, row))
+    return examples
+
+
+def slow_scores(model, example: Example, temperature: float):
+    """float64 log-softmax over stock logits of one sequence alone; zeros where no loss is."""
+    stock = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    ids = torch.tensor(example.input_ids, dtype=torch.long)
+    logits = model(ids[None], use_cache=False).logits[0].double() / temperature
+    model.set_attn_implementation(stock)
+    logprobs = torch.zeros(len(ids), dtype=torch.float64)
+    entropies = torch.zeros(len(ids), dtype=torch.float64)
+    for t in range(1, len(ids)):
+        if example.loss_mask[t]:
+            log_p = logits[t - 1].log_softmax(-1)
+            logprobs[t], entropies[t] = log_p[ids[t]], -(log_p.exp() * log_p).sum()
+    return logprobs, entropies
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_scores_equal_separate_ones(kind):
+    model = build(kind)
+    assert layout_of(model) == "shared"
+    examples = sequences()
+    order = [3, 0, 2, 4, 1]
+    scores = score_tokens(model, collate(examples, order, torch.device("cpu")), temperature=0.7, statistics=True)
+    expected = [slow_scores(model, examples[i], 0.7) for i in order]
+    torch.testing.assert_close(scores.logprobs_N.double(), torch.cat([e[0] for e in expected]), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.entropies_N.double(), torch.cat([e[1] for e in expected]), atol=2e-5, rtol=1e-5)
+
+
+def families(seed=0) -> list[Example]:
+    """Three prompts (of 6, 1 and 11 tokens) with 3, 2 and 1 completions of 2 to 20 tokens, shuffled."""
+    generator, examples = np.random.default_rng(seed), []
+    for prompt_length, completions in ((6, (4, 20, 2)), (1, (3, 8)), (11, (5,))):
+        prompt = generator.integers(0, 97, prompt_length).astype(np.int32)
+        for length in completions:
+            ids = np.concatenate([prompt, generator.integers(0, 97, length).astype(np.int32)])
+            mask = (np.arange(len(ids)) >= prompt_length) & (generator.random(len(ids)) < 0.8)
+            mask[prompt_length] = True  # the first token after the prompt is the one that sharing moves
+            examples.append(Example(ids, mask, len(examples), prompt_length))
+    return [examples[i] for i in generator.permutation(len(examples))]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_shared_prompts_change_no_score_and_no_gradient(kind):
+    """Prompts computed once against every sequence alone: scores to 2e-5, gradient to 1e-5 relative L2."""
+    examples, results = families(), []
+    for layout, budget in (("single", 1), ("shared", 1000), ("shared", 30)):
+        model = build(kind)
+        rows = pack(examples, budget, 1, layout)[0]
+        scored, tokens = {}, 0
+        for row in rows:
+            batch = collate(examples, row, torch.device("cpu"), layout)
+            tokens += len(batch.input_ids_N)
+            scores = score_tokens(model, batch, statistics=True)
+            (-scores.logprobs_N.sum() + 0.1 * scores.entropies_N.sum()).backward()
+            scored |= dict(zip(row, batch.give(scores.logprobs_N.detach())))
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((torch.cat([scored[i] for i in range(len(examples))]), gradient, tokens))
+    for logprobs, gradient, tokens in results[1:]:
+        torch.testing.assert_close(logprobs, results[0][0], atol=2e-5, rtol=1e-5)
+        assert (gradient - results[0][1]).norm() / results[0][1].norm() < 1e-5
+        assert tokens < results[0][2]
+    assert results[1][2] == 6 + 4 + 20 + 2 + 1 + 3 + 8 + 11 + 5
+
+
+def test_take_and_give_are_inverse_on_a_shared_row():
+    examples = families()
+    batch = collate(examples, [4, 0, 2, 1], "cpu", "shared")
+    values = [torch.arange(len(e.input_ids)).float() + 100 * i for i, e in enumerate(examples)]
+    for i, given in zip(batch.indices, batch.give(batch.take(values))):
+        assert torch.equal(given[examples[i].prompt_length :], values[i][examples[i].prompt_length :])
+    ids = batch.take([torch.tensor(e.input_ids).long() for e in examples])
+    assert torch.equal(ids, batch.input_ids_N)
+
+
+def test_soft_capped_attention_is_not_packed():
+    """Gemma 2 caps its attention logits, which no packed kernel here does: it must run one sequence per row, correctly."""
+    config = Gemma2Config(**SMALL, attn_logit_softcapping=1.0, final_logit_softcapping=2.0, sliding_window=64)
+    torch.manual_seed(0)
+    model = prepare_model(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    assert layout_of(model) == "single"
+    examples = sequences()
+    with pytest.raises(AssertionError):
+        score_tokens(model, collate(examples, [0, 1], torch.device("cpu")))
+    scores = score_tokens(model, collate(examples, [2], torch.device("cpu")), temperature=0.7, statistics=True)
+    logprobs, entropies = slow_scores(model, examples[2], 0.7)
+    torch.testing.assert_close(scores.logprobs_N.double(), logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.entropies_N.double(), entropies, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [2, 5, 64])
+def test_gradients_of_scores_equal_autograd(chunk, softcap):
+    """Log-probs and entropies through the chunked, recomputing function against plain float64 autograd."""
+    from common.models import _ScoreTokens
+
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(23, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(23, (11,), generator=generator)
+    mix_logprob, mix_entropy = torch.randn(2, 11, generator=generator, dtype=torch.float64)
+
+    z = hidden @ weight.T + bias
+    z = (softcap * torch.tanh(z / softcap) if softcap else z) / 0.7
+    log_p = z.log_softmax(-1)
+    plain = (mix_logprob * log_p.gather(-1, target[:, None])[:, 0]).sum()
+    plain = plain + (mix_entropy * -(log_p.exp() * log_p).sum(-1)).sum()
+    expected = torch.autograd.grad(plain, (hidden, weight, bias))
+
+    leaves = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    logprobs, entropies, _ = _ScoreTokens.apply(*leaves, target, 0.7, softcap, chunk, True)
+    loss = (mix_logprob.float() * logprobs).sum() + (mix_entropy.float() * entropies).sum()
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_does_not_depend_on_packing():
+    """One row of all sequences, rows of one, checkpointing, in one gradient: relative L2 below 1e-5."""
+    gradients = []
+    for rows, checkpointing in (([[0, 1, 2, 3, 4]], False), ([[4], [2], [0], [1], [3]], False), ([[2, 1], [0, 3, 4]], True)):
+        model = build("qwen3")
+        if checkpointing:
+            from common.models import speed_up
+
+            speed_up(model, gradient_checkpointing=True, torch_compile=False)
+        for row in rows:
+            batch = collate(sequences(), row, torch.device("cpu"))
+            scores = score_tokens(model, batch, statistics=True)
+            (-scores.logprobs_N.sum() + 0.1 * scores.entropies_N.sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
+
+
+def test_no_logits_tensor_is_kept(monkeypatch):
+    """Between forward and backward nothing of size K x V is alive: saved tensors are two numbers a token."""
+    model = build("llama")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        score_tokens(model, collate(sequences((60, 60)), [0, 1], torch.device("cpu")), statistics=True)
+    positions = sum(int(e.loss_mask.sum()) for e in sequences((60, 60)))
+    assert (positions, 97) not in saved and (120, 97) not in saved
+
+
+def test_masters_keep_small_updates_that_bf16_loses():
+    """At lr 1e-6 bf16 weights near 1 do not move in a step; their masters do, and after enough steps so do they."""
+    model = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 1e-8, 0.0)
+    assert isinstance(optimizer, MasterAdamW)
+    for step in range(60):
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        assert model.weight.grad is None  # moved into the fp32 master
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            assert (model.weight == 1.0).all() and (optimizer.param_groups[0]["params"][0] < 1.0).all()
+    assert (model.weight < 1.0).all()
+
+
+def test_master_gradients_add_up_in_fp32():
+    """Many small gradients after a large one: bf16 accumulation would drop them all."""
+    model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    optimizer = make_optimizer(model, 0.0, (0.9, 0.95), 1e-8, 0.0)
+    for value in [1024.0] + [1.0] * 64:
+        model(torch.full((1, 1), value, dtype=torch.bfloat16)).sum().backward()
+    assert clip_gradients(optimizer, 0.0).item() == 1024 + 64
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_reference_merge_and_save(tmp_path, dora):
+    """A fresh adapter changes nothing; a trained one is merged on the fly into the weights an engine gets, names intact."""
+    model = add_lora(build("llama"), r=4, alpha=8, target_modules=[], use_rslora=True, use_dora=dora)
+    batch = collate(sequences(), [0, 2, 4], torch.device("cpu"))
+    start = score_tokens(model, batch).logprobs_N
+    with without_adapter(model):
+        torch.testing.assert_close(score_tokens(model, batch).logprobs_N, start)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trained = score_tokens(model, batch).logprobs_N
+    assert (trained - start).abs().max() > 0.01
+    fresh = build("llama")
+    names = {name for name, _ in fresh.named_parameters()}
+    weights = dict(full_parameters(model))
+    assert set(weights) == names
+    fresh.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(score_tokens(fresh, batch).logprobs_N, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_the_head_is_refused():
+    with pytest.raises(UserError, match="output head"):
+        add_lora(build("llama"), r=4, alpha=8, target_modules=["lm_head"], use_rslora=False, use_dora=False)
+
+
+def test_saved_folder_is_stock_and_keeps_generation_config(tmp_path):
+    """Saved, reloaded by plain transformers, generates; generation_config is what it was."""
+    model = load_policy("toy", torch.float32, torch.device("cpu"))
+    model.generation_config.max_new_tokens = 7
+    before = model.generation_config.to_dict()
+    save_model(model, load_tokenizer("toy"), tmp_path / "final")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert again.config._attn_implementation == "sdpa" and again.config.use_cache
+    assert {k: v for k, v in again.generation_config.to_dict().items() if v != before.get(k)} == {}
+    assert again.generate(torch.tensor([[1, 5, 3]]), do_sample=False).shape[1] > 3
+    assert layout_of(load_policy(str(tmp_path / "final"), torch.float32, torch.device("cpu"))) == "shared"
+
+
+@pytest.mark.parametrize("name, words", [
+    ("runs/nothing/final", "python sft.py"), ("./nowhere", "no such folder"), ("model.gguf", "no such .gguf"),
+])
+def test_a_model_that_is_not_there_is_one_sentence(name, words):
+    with pytest.raises(UserError, match=words):
+        load_policy(name, torch.float32, torch.device("cpu"))
