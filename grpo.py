@@ -1,0 +1,925 @@
+"""GRPO and its family: sample a group of answers to each prompt, reward them, make the better ones likelier.
+
+For the G completions y_i of a prompt with rewards r_i, and rho_it = pi(y_it) / pi_old(y_it),
+
+    A_i  = (r_i - mean(r)) / std(r)                                                  DeepSeekMath 2402.03300, sec. 4.1.2
+    l_it = - min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) + beta KL_it                             Eq. 3
+    loss = sum_it weight_i l_it
+
+The papers that followed each changed one of these terms, so each is a flag of its own, and they combine:
+
+    GRPO      2402.03300   (the flags' defaults but) --loss_aggregation sequence_mean --beta 0.04
+    Dr. GRPO  2503.20783   --scale_rewards none --loss_aggregation constant
+    DAPO      2503.14476   --loss_aggregation token_mean --epsilon_high 0.28 --dynamic_sampling
+                           --mask_truncated_completions (or --soft_overlong_cache 4096)
+    GSPO      2507.18071   --importance_sampling_level sequence --loss_aggregation sequence_mean
+                           --epsilon 3e-4 --epsilon_high 4e-4
+    CISPO     2506.13585   --surrogate cispo
+    SAPO      2511.20347   --surrogate sapo --loss_aggregation sequence_mean
+    two-sided 2505.07291   --delta 4
+    GDPO      2601.05242   --multi_objective_aggregation normalize_then_sum
+
+Departures from the papers and from what is usual
+  1. Weights are counted over the whole optimiser step, all ranks and micro-batches, before the first backward; so is
+     every statistic, the entropy quantile included. The gradient does not depend on how the step is cut.
+  2. Nothing is padded (common/data.py). A completion's mask comes from its length and finish reason, never from ids.
+  3. A group of equal rewards has no gradient; its sequences are not run at all (exact: they still count in the weights).
+  4. With one optimiser step per rollout, old log-probs are the current ones, detached; no second forward pass. The
+     sampler's are a third thing: the correction of 1.5.4 weighs each token by pi_old / pi_sampler, truncated.
+  5. The standard deviation is Bessel's (as in TRL), plus 1e-4.
+  6. top_entropy_quantile takes entropies of the policy that made the rollout, not of the current one.
+
+Dimension key: N tokens of a micro-batch, B sequences, P prompts, G samples a prompt, F reward functions, A all tokens of a
+rollout laid end to end.
+
+    python sft.py && python grpo.py                                        # the toy: 2 CPU cores, no network, a minute
+    python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name train.jsonl --use_vllm
+    torchrun --nproc_per_node 8 grpo.py --model_name_or_path ... --dataset_name ... --use_vllm
+
+What you should see: on the toy, eval/exact_match from 0.3 to above 0.8 and greedy above 0.95 in 100 steps. The loss itself
+says little: on policy its value is that of a mean of advantages, about 0, while its gradient is not.
+"""
+
+import re
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import get_scheduler
+
+from common.data import (
+    Example, Ledger, MicroBatch, Rows, collate, draw, load_rows, pack, prepare_prompts, require_columns, segment_sum,
+)
+from common.engine import Sampling, agreement, build_engine, request_seed, stop_ids
+from common.models import (
+    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
+    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
+)
+from common.rewards import RewardFunction, load_reward, score
+from common.run import Run, UserError, launch, random_state, restore_random_state, set_seed, show_batch
+
+
+@dataclass
+class Args:
+    # Run
+    output_dir: str = "runs/grpo"
+    """Folder of this run: config.yaml, metrics.jsonl, clock.jsonl, samples.jsonl, checkpoints/ and final/."""
+    seed: int = 0
+    """Of data order, fresh weights and sampling."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest whole checkpoint; it ends bit-identical to one never stopped."""
+    save_steps: int = 0
+    """Checkpoint every so many optimiser steps (0: only the final model)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep (0: all)."""
+    logging_steps: int = 1
+    """Log every so many optimiser steps."""
+    log_completions_steps: int = 25
+    """Show a few prompts, completions and rewards every so many optimiser steps (0: never)."""
+    report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
+    """Trackers that mirror metrics.jsonl."""
+    inspect: bool = False
+    """Print the first micro-batch, tokens coloured by role and advantage, and exit."""
+
+    # Model
+    model_name_or_path: str = "runs/sft/final"
+    """Folder, hub name, .gguf file, or "toy" (fresh weights)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and compute; auto: bfloat16 (over fp32 masters) on an accelerator, float32 on a CPU."""
+    chat_template: str | None = None
+    """A Jinja file (or text) to use instead of the tokenizer's own chat template."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more compute, far less memory."""
+    torch_compile: bool = False
+    """Compile each layer once: slower start, faster steps."""
+    use_peft: bool = False
+    """Train a LoRA adapter instead of all weights; the reference policy is then the model with its adapter off."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """Scale of the adapter: alpha / r, or alpha / sqrt(r) with use_rslora."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Names of the layers to adapt (empty: every linear layer but the output head)."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to nf4 (needs bitsandbytes; with use_peft)."""
+    load_in_8bit: bool = False
+    """Quantise the frozen weights to int8 (needs bitsandbytes; with use_peft)."""
+
+    # Data and rewards
+    dataset_name: str = "toy:sort"
+    """Hub name, local .jsonl[.gz] / .json / .parquet / .csv / folder, "toy:sort", or "reasoning_gym:<task>".
+    Column `prompt` (text or chat), and whatever columns the rewards need."""
+    dataset_split: str = "train"
+    """Split, with an optional slice: "train[:1000]"."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens."""
+    on_overlong: Literal["error", "drop"] = "error"
+    """What to do with a prompt longer than max_prompt_length. It is never cut."""
+    reward_funcs: list[str] = field(default_factory=lambda: ["exact_match"])
+    """Rewards: a function of this file, module:function, file.py:function, reasoning_gym, math_verify, or a folder of a
+    sequence-classification reward model. Signature: f(prompts, completions, **columns) -> list[float | None]."""
+    reward_weights: list[float] = field(default_factory=list)
+    """One weight for each reward function (empty: all 1)."""
+
+    # Rollout
+    generation_batch_size: int = 256
+    """Completions of one rollout, over all ranks: generation_batch_size / num_generations prompts."""
+    num_generations: int = 8
+    """G, completions of each prompt."""
+    max_completion_length: int = 16
+    """Longest completion, tokens."""
+    temperature: float = 1.0
+    """Divides the logits in sampling, and in every log-prob computed here."""
+    top_p: float = 1.0
+    """Nucleus sampling (1: off). Off is right for RL: the log-probs trained on are those of the full softmax."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens (0: off)."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest (0: off)."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens already seen (1: off)."""
+    stop_strings: list[str] = field(default_factory=list)
+    """Stop at these too; each is one character or one whole token. The EOS tokens always stop."""
+    use_vllm: bool = False
+    """Sample with vLLM in this process; else with transformers and the trainer's own weights."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the accelerator's memory that vLLM takes."""
+    vllm_enable_sleep_mode: bool = False
+    """Free vLLM's memory during training."""
+
+    # Optimisation
+    learning_rate: float | None = None
+    """Peak learning rate (None: 1e-6; 1e-5 with use_peft; 5e-4 for the toy)."""
+    max_steps: int = 100
+    """Optimiser steps."""
+    steps_per_generation: int = 1
+    """Optimiser steps that one pass over a rollout is cut into."""
+    num_iterations: int = 1
+    """Passes over each rollout (mu in the paper)."""
+    max_tokens_per_micro_batch: int = 16384
+    """Tokens of one forward and backward pass: the memory knob. It changes no result."""
+    share_prompts: bool = True
+    """Compute the prompt of a group once, its completions attending to it: faster, the same result to rounding."""
+    lr_scheduler_type: str = "linear"
+    """Any schedule of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
+    warmup_steps: float = 5
+    """Warm-up in steps, or below 1 as a share of all steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient of a step to this norm (0: no clipping)."""
+
+    # Algorithm: every line is an axis of its own
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide the advantage by the standard deviation of the group, of the batch, or not."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Several rewards: add them up and then take advantages, or take advantages of each and add those up."""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Mean over all tokens of the step; mean of per-sequence means; or sum over B * max_completion_length."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or the geometric mean of a sequence's (GSPO)."""
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    """PPO's clipped ratio; REINFORCE weighted by a capped ratio; or the soft sigmoid gate."""
+    epsilon: float = 0.2
+    """Lower clip range, and upper one unless epsilon_high is given."""
+    epsilon_high: float | None = None
+    """Upper clip range."""
+    delta: float | None = None
+    """Cap on the ratio where the advantage is negative (two-sided or dual clip; above 1 + epsilon_high)."""
+    cispo_max_ratio: float = 5.0
+    """CISPO's cap on the ratio."""
+    sapo_temperature_pos: float = 1.0
+    """SAPO's gate temperature for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """SAPO's gate temperature for negative advantages."""
+    beta: float = 0.0
+    """KL coefficient (0: no reference model is loaded)."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] = "k3_corrected"
+    """Of KL(pi || ref) at a sampled token; k3_corrected multiplies k3 by the ratio: unbiased gradient, off policy too."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL goes. In the reward it is summed over the completion, and k1 is the exact choice."""
+    sampler_correction: Literal[
+        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "sequence_mean_truncate",
+        "sequence_mean_mask",
+    ] = "auto"
+    """Weight by pi_old / pi_sampler: of a token, of a sequence (product), or of a sequence length-normalised (geometric
+    mean); truncated at the cap, or set to 0 outside the bounds. auto: token_truncate with vLLM, else none."""
+    sampler_correction_max: float = 2.0
+    """Cap on that weight."""
+    sampler_correction_min: float = 0.0
+    """Lower bound on that weight, for the masking forms."""
+    entropy_coef: float = 0.0
+    """Bonus on the mean entropy of a token."""
+    top_entropy_quantile: float = 1.0
+    """Train on this share of tokens only, those of highest entropy (1: all)."""
+    mask_truncated_completions: bool = False
+    """No loss on completions that hit max_completion_length (they still count in their group's mean)."""
+    soft_overlong_cache: int = 0
+    """DAPO's soft punishment: reward falls from 0 to -1 over the last so many tokens before max_completion_length."""
+    dynamic_sampling: bool = False
+    """Draw prompts until the rollout is full of groups whose rewards differ."""
+    dynamic_sampling_max_rounds: int = 10
+    """Give up filling after so many draws, and train on what there is."""
+
+    # Evaluation
+    eval_dataset_name: str | None = None
+    """Held-out prompts (None: the toy's own; for other data no evaluation)."""
+    eval_split: str = "test"
+    """Split of the evaluation data."""
+    eval_steps: int = 0
+    """Evaluate every so many steps (0: only before the first and after the last)."""
+    num_generations_eval: int = 1
+    """k, sampled completions of each held-out prompt: pass@1 is their mean, pass@k any, maj@k the majority."""
+    max_eval_samples: int = 512
+    """Rows of the evaluation set that are used."""
+
+
+SUMS = (
+    "loss", "tokens", "entropy", "ratio_error", "clip_low", "clip_high", "kl", "gap", "weight", "weight_squared",
+    "weight_zero",
+)  # of a step's trained tokens, added up over micro-batches and ranks
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+# The first thing a fork edits. A function named here can be given to --reward_funcs by its name alone.
+
+
+def exact_match(prompts: list, completions: list, answer: list[str], **_) -> list[float]:
+    """1 if the completion, stripped, is the answer."""
+    return [float(text_of(completion).strip() == gold.strip()) for completion, gold in zip(completions, answer)]
+
+
+def last_number(prompts: list, completions: list, answer: list[str], **_) -> list[float]:
+    """1 if the last number in the completion is the answer: GSM8K and its like, "#### 42" or free prose."""
+    return [float(final_answer(text_of(completion)) == final_answer(gold)) for completion, gold in zip(completions, answer)]
+
+
+def text_of(completion: str | list[dict]) -> str:
+    """The text of a completion, which is a list of one message where the prompt was a chat."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def final_answer(text: str) -> str:
+    """The last number of a text without its commas, or the stripped text if it has none."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "") if numbers else text.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- math
+
+
+def soft_overlong_penalty(length_B: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
+    """DAPO Eq. 13: 0 up to max_length - cache, then linear to -1 at max_length. [B]"""
+    return ((max_length - cache - length_B) / cache).clamp(-1, 0)
+
+
+def group_advantages(
+    reward_B: torch.Tensor, num_generations: int, scale: str, batch_statistics: bool = False
+) -> torch.Tensor:
+    """A_i = r_i - mean over the group, over the standard deviation of the group, of the batch, or 1. NaN rewards get 0.
+
+    Args:
+        reward_B: groups contiguous; NaN where no reward function had an opinion.
+        scale: "group", "batch" or "none".
+        batch_statistics: mean and deviation over the whole batch instead (the last step of GDPO).
+    """
+    grouped_PG = reward_B[None] if batch_statistics else reward_B.view(-1, num_generations)
+    centred_PG = grouped_PG - grouped_PG.nanmean(1, keepdim=True)
+    if scale == "group" or batch_statistics:
+        centred_PG = centred_PG / (nan_std(grouped_PG) + 1e-4)
+    elif scale == "batch":
+        centred_PG = centred_PG / (nan_std(grouped_PG.reshape(1, -1)) + 1e-4)
+    return centred_PG.flatten().nan_to_num(0.0)
+
+
+def nan_std(value_PG: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each row (Bessel), NaN entries left out; 0 for fewer than two. [P, 1]"""
+    count_P1 = (~value_PG.isnan()).sum(1, keepdim=True)
+    square_P1 = ((value_PG - value_PG.nanmean(1, keepdim=True)) ** 2).nansum(1, keepdim=True)
+    return (square_P1 / (count_P1 - 1).clamp(min=1)).sqrt()
+
+
+def advantages_of_rewards(
+    reward_BF: torch.Tensor, weight_F: torch.Tensor, num_generations: int, scale: str, aggregation: str
+) -> torch.Tensor:
+    """Several rewards into one advantage [B]: sum_then_normalize, or GDPO's normalize_then_sum (2601.05242)."""
+    if aggregation == "sum_then_normalize":
+        reward_B = (reward_BF * weight_F).nansum(1).masked_fill(reward_BF.isnan().all(1), float("nan"))
+        return group_advantages(reward_B, num_generations, scale)
+    each_BF = torch.stack([group_advantages(reward_B, num_generations, "group") for reward_B in reward_BF.T], dim=1)
+    return group_advantages((each_BF * weight_F).sum(1), num_generations, "none", batch_statistics=True)
+
+
+def sequence_weights(length_B: torch.Tensor, aggregation: str, max_completion_length: int) -> torch.Tensor:
+    """Weight of every trained token of sequence i, from the trained lengths of the whole optimiser step. [B]
+
+    token_mean: 1 / sum_j L_j (DAPO Eq. 8); sequence_mean: 1 / (B' L_i), B' = sequences that train at all (GRPO Eq. 3);
+    constant: 1 / (B L_max) (Dr. GRPO).
+    """
+    length_B = length_B.float()
+    if aggregation == "token_mean":
+        return torch.ones_like(length_B) / length_B.sum().clamp(min=1)
+    if aggregation == "sequence_mean":
+        return 1 / (length_B.clamp(min=1) * (length_B > 0).sum().clamp(min=1))
+    return torch.ones_like(length_B) / (len(length_B) * max_completion_length)
+
+
+def sequence_mean(value_N: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Mean over the trained tokens of each sequence, given back to its tokens [N]."""
+    total_B = segment_sum(value_N * batch.loss_mask_N, batch)
+    return (total_B / segment_sum(batch.loss_mask_N.float(), batch).clamp(min=1))[batch.seq_N]
+
+
+def clipped_loss(
+    ratio_N: torch.Tensor, advantages_N: torch.Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
+) -> torch.Tensor:
+    """PPO's pessimistic surrogate of each token [N] (1707.06347 Eq. 7), with a range of its own on each side."""
+    clipped_N = ratio_N.clamp(1 - epsilon_low, 1 + epsilon_high)
+    if delta is not None:  # bounds the loss of a bad token that became likely; for A > 0 the clip is tighter anyway
+        ratio_N = ratio_N.clamp(max=delta)
+    return -torch.min(ratio_N * advantages_N, clipped_N * advantages_N)
+
+
+def cispo_loss(
+    ratio_N: torch.Tensor, logprobs_N: torch.Tensor, advantages_N: torch.Tensor, max_ratio: float
+) -> torch.Tensor:
+    """REINFORCE under a capped, detached ratio (2506.13585 Eq. 4): no token ever loses its gradient. [N]"""
+    return -ratio_N.clamp(max=max_ratio).detach() * advantages_N * logprobs_N
+
+
+def sapo_loss(
+    ratio_N: torch.Tensor, advantages_N: torch.Tensor, temperature_pos: float, temperature_neg: float
+) -> torch.Tensor:
+    """A soft gate in the place of the clip (2511.20347): slope A at ratio 1, fading on both sides. [N]"""
+    tau_N = torch.where(advantages_N > 0, temperature_pos, temperature_neg)
+    return -advantages_N * torch.sigmoid(tau_N * (ratio_N - 1)) * 4 / tau_N
+
+
+def kl_estimate(logprobs_N: torch.Tensor, reference_N: torch.Tensor, estimator: str, ratio_N=1.0) -> torch.Tensor:
+    """KL(pi || ref) at sampled tokens [N] (Schulman 2020). As losses their expected gradients differ:
+
+    k1: zero. k2: that of KL(pi || ref). k3: that of KL(ref || pi). ratio * k3: that of KL(pi || ref), off policy too,
+    because the ratio is not detached (tests/test_grpo_math.py enumerates all four).
+    """
+    delta_N = logprobs_N - reference_N
+    if estimator == "k1":
+        return delta_N
+    if estimator == "k2":
+        return 0.5 * delta_N**2
+    k3_N = torch.expm1(-delta_N) + delta_N
+    return k3_N * ratio_N if estimator == "k3_corrected" else k3_N
+
+
+def correction_weights(
+    old_N: torch.Tensor, sampler_N: torch.Tensor, batch: MicroBatch, mode: str, low: float, high: float
+) -> torch.Tensor:
+    """pi_old / pi_sampler [N], detached, truncated at `high` or zero outside [low, high].
+
+    A product over a long completion decays by itself: with token noise sigma its typical value is exp(-L sigma^2 / 2).
+    The length-normalised form does not.
+    """
+    log_weight_N = (old_N - sampler_N).detach()
+    if mode.startswith("sequence_mean"):
+        log_weight_N = sequence_mean(log_weight_N, batch)
+    elif mode.startswith("sequence"):
+        log_weight_N = segment_sum(log_weight_N * batch.loss_mask_N, batch)[batch.seq_N]
+    weight_N = log_weight_N.exp()
+    if mode.endswith("truncate"):
+        return weight_N.clamp(max=high)
+    return weight_N * ((weight_N >= low) & (weight_N <= high))
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass
+class Rollout:
+    """B sequences laid end to end: A tokens. Plain tensors only, so that a checkpoint can hold one in flight.
+
+        input_ids_A     p p p c c c e | p p c e | ...          p prompt, c completion, e the stop token
+        loss_mask_A     . . . 1 1 1 1 | . . 1 1 | ...          all . where a truncated completion is masked
+        lengths_B           7             4       ...
+    """
+
+    input_ids_A: torch.Tensor
+    loss_mask_A: torch.Tensor
+    lengths_B: torch.Tensor
+    prompt_lengths_B: torch.Tensor
+    rewards_BF: torch.Tensor
+    advantages_B: torch.Tensor | None = None
+    sampler_logprobs_A: torch.Tensor | None = None
+    old_logprobs_A: torch.Tensor | None = None
+    entropies_A: torch.Tensor | None = None
+    reference_logprobs_A: torch.Tensor | None = None
+
+    def split(self, value_A: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Values of all tokens -> those of each sequence."""
+        return value_A.split(self.lengths_B.tolist())
+
+    def examples(self) -> list[Example]:
+        """The sequences as the packer takes them."""
+        columns = zip(self.split(self.input_ids_A), self.split(self.loss_mask_A), self.prompt_lengths_B.tolist())
+        return [Example(ids.numpy(), mask.numpy(), row, prompt) for row, (ids, mask, prompt) in enumerate(columns)]
+
+
+def sample(engine, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int, step: int, first: int, ranks):
+    """`samples` completions of each prompt, prompts shared out over the ranks; P * G completions, groups contiguous.
+
+    Every request has a seed of its own from (run, step, prompt, sample): a killed and resumed run draws the same again.
+    """
+    requests = [
+        (ids, request_seed(seed, step, first + p, g)) for p, ids in enumerate(prompts) for g in range(samples)
+    ]
+    with ranks.split_between_processes(requests) as mine:
+        completions = engine.generate([ids for ids, _ in mine], [request for _, request in mine], sampling)
+    return gather_object(completions)
+
+
+def minibatch(num_sequences: int, parts: int, position: int, seed: tuple[int, int]) -> np.ndarray:
+    """Indices of the sequences that optimiser step `position` of a rollout trains on: a fresh shuffle every pass."""
+    if parts == 1:
+        return np.arange(num_sequences)
+    order = np.random.default_rng((*seed, position // parts)).permutation(num_sequences)
+    return np.array_split(order, parts)[position % parts]
+
+
+@torch.no_grad()
+def score_rollout(model, rollout: Rollout, args: Args, ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of a whole rollout under `model` [A], the work shared out over the ranks."""
+    examples, layout, scored = rollout.examples(), packing(model, args), []
+    for indices in pack(examples, args.max_tokens_per_micro_batch, ranks.num_processes, layout)[ranks.process_index]:
+        batch = collate(examples, indices, ranks.device, layout)
+        scores = score_tokens(model, batch, args.temperature, statistics=True)
+        scored += zip(indices, batch.give(scores.logprobs_N), batch.give(scores.entropies_N))
+    scored = sorted(gather_object(scored), key=lambda item: item[0])
+    return torch.cat([logprobs for _, logprobs, _ in scored]), torch.cat([entropies for _, _, entropies in scored])
+
+
+def packing(model, args: Args) -> str:
+    """How completions of one prompt share a row: its prompt computed once unless --no-share_prompts."""
+    layout = layout_of(model)
+    return "packed" if layout == "shared" and not args.share_prompts else layout
+
+
+def collect(
+    engine, tokenizer, rows: Rows, prompts: list, rewards: list, weight_F: torch.Tensor, sampling: Sampling, cursor: int,
+    step: int, args: Args, ranks, run: Run,
+) -> tuple[Rollout, int, dict]:
+    """1. draw prompts  2. sample  3. reward  4. keep; round after round under dynamic sampling.
+
+    Returns the rollout, the new cursor into the prompt stream, and metrics (TRL's names where they mean the same).
+    """
+    wanted = args.generation_batch_size // args.num_generations
+    kept, seen, rounds = [], [], 0
+    while len(kept) < wanted and rounds < (args.dynamic_sampling_max_rounds if args.dynamic_sampling else 1):
+        chosen = draw(len(prompts), cursor, wanted, args.seed)
+        chosen_rows = [rows[prompts[i][0]] for i in chosen]
+        completions = sample(
+            engine, [prompts[i][1] for i in chosen], args.num_generations, sampling, args.seed, step, cursor, ranks
+        )
+        repeated = [row for row in chosen_rows for _ in range(args.num_generations)]
+        texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+        columns = {name: [row.get(name) for row in repeated] for name in rows.columns if name != "prompt"}
+        columns["completion_ids"] = [completion.token_ids for completion in completions]
+        with ranks.split_between_processes(list(range(len(texts)))) as mine:
+            scored = score(
+                rewards, [repeated[i]["prompt"] for i in mine], [texts[i] for i in mine],
+                {name: [column[i] for i in mine] for name, column in columns.items()},
+            ).tolist()
+        reward_BF = torch.tensor(gather_object(scored), dtype=torch.float32).view(len(texts), len(rewards))
+        if args.soft_overlong_cache:
+            length_B = torch.tensor([len(completion.token_ids) for completion in completions])
+            penalty_B = soft_overlong_penalty(length_B, args.max_completion_length, args.soft_overlong_cache)
+            reward_BF = torch.cat([reward_BF, penalty_B[:, None]], dim=1)
+        cursor, rounds = cursor + wanted, rounds + 1
+        for p, i in enumerate(chosen):
+            group = slice(p * args.num_generations, (p + 1) * args.num_generations)
+            item = (prompts[i][1], completions[group], texts[group], reward_BF[group])
+            seen.append(item)
+            # Exact equality, of the whole group: OpenRLHF filtered by mean, and a group can sit at any mean
+            differs = ((item[3] * weight_F).nansum(1) != (item[3][0] * weight_F).nansum()).any()
+            if len(kept) < wanted and (differs or not args.dynamic_sampling):
+                kept.append(item)
+    if not kept:
+        raise UserError(
+            f"step {step}: no group of {rounds} round(s) of {wanted} prompts had differing rewards, so there is nothing "
+            "to learn from; use easier prompts, more --num_generations, or leave --dynamic_sampling off"
+        )
+
+    sequences = [(ids, completion) for ids, completions, _, _ in kept for completion in completions]
+    masks = [
+        [False] * len(ids)
+        + [not (args.mask_truncated_completions and c.finish_reason == "length")] * len(c.token_ids)
+        for ids, c in sequences
+    ]
+    rollout = Rollout(
+        input_ids_A=torch.tensor([token for ids, c in sequences for token in ids + c.token_ids], dtype=torch.int32),
+        loss_mask_A=torch.tensor([bit for mask in masks for bit in mask]),
+        lengths_B=torch.tensor([len(mask) for mask in masks]),
+        prompt_lengths_B=torch.tensor([len(ids) for ids, _ in sequences]),
+        rewards_BF=torch.cat([group_BF for _, _, _, group_BF in kept]),
+    )
+    if sampling.logprobs:
+        rollout.sampler_logprobs_A = torch.tensor(
+            [value for ids, c in sequences for value in [0.0] * len(ids) + c.logprobs], dtype=torch.float32
+        )
+
+    all_BF = torch.cat([item[3] for item in seen])
+    total_B = (all_BF * weight_F).nansum(1)
+    groups_PG = total_B.view(-1, args.num_generations)
+    completions = [c for _, group, _, _ in seen for c in group]
+    length_B = torch.tensor([len(c.token_ids) for c in completions]).float()
+    stopped_B = torch.tensor([c.finish_reason == "stop" for c in completions])
+    names = [reward.name for reward in rewards] + (["soft_overlong"] if args.soft_overlong_cache else [])
+    metrics = {
+        "reward": total_B.mean(), "reward_std": nan_std(groups_PG).mean(),
+        "frac_reward_zero_std": (groups_PG == groups_PG[:, :1]).all(1).float().mean(),
+        "completions/mean_length": length_B.mean(), "completions/max_length": length_B.max(),
+        "completions/clipped_ratio": 1 - stopped_B.float().mean(),
+        "completions/mean_terminated_length": length_B[stopped_B].mean() if stopped_B.any() else torch.tensor(0.0),
+        "tokens/generated": length_B.sum(), "tokens/masked": rollout.input_ids_A.numel() - rollout.loss_mask_A.sum(),
+        "tokens/trained": rollout.loss_mask_A.sum(), "sampling/rounds": torch.tensor(rounds),
+    }
+    for column, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = all_BF[:, column].nanmean()
+        metrics[f"rewards/{name}/std"] = nan_std(all_BF[None, :, column])[0, 0]
+    if args.log_completions_steps and (step == 1 or step % args.log_completions_steps == 0):
+        ids, _, texts, group_BF = kept[0]
+        run.samples(
+            f"step {step}", ["prompt", "completion", *names],
+            [[tokenizer.decode(ids), text, *reward_F.tolist()] for text, reward_F in list(zip(texts, group_BF))[:4]],
+        )
+    return rollout, cursor, {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    engine, tokenizer, rows: Rows, prompts: list, rewards: list, sampling: Sampling, args: Args, ranks, run: Run, step: int
+) -> dict[str, float]:
+    """Greedy and sampled scores on held-out prompts. The same seeds every time, so two evaluations differ by the model.
+
+    The first reward function decides what is a pass (1 or more). The interval is the half-width of a 95 % normal one
+    over prompts.
+    """
+    held_out = [rows[row] for row, _ in prompts]
+    metrics = {}
+    for suffix, samples, temperature in (("", args.num_generations_eval, sampling.temperature), ("_greedy", 1, 0.0)):
+        settings = Sampling(sampling.max_tokens, temperature, stop_token_ids=sampling.stop_token_ids)
+        completions = sample(engine, [ids for _, ids in prompts], samples, settings, args.seed, -1, 0, ranks)
+        texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+        repeated = [row for row in held_out for _ in range(samples)]
+        columns = {name: [row.get(name) for row in repeated] for name in rows.columns if name != "prompt"}
+        columns["completion_ids"] = [completion.token_ids for completion in completions]
+        reward_BF = score(rewards, [row["prompt"] for row in repeated], texts, columns)
+        for reward, mean in zip(rewards, reward_BF.nanmean(0)):
+            metrics[f"eval/{reward.name}{suffix}"] = mean.item()
+        passed_PG = (reward_BF[:, 0] >= 1).float().view(-1, samples)
+        metrics[f"eval/pass@1{suffix}"] = passed_PG.mean().item()
+        metrics[f"eval/pass@1{suffix}_ci95"] = 1.96 * passed_PG.mean(1).std().item() / len(passed_PG) ** 0.5
+        metrics[f"eval/completion_length{suffix}"] = float(np.mean([len(c.token_ids) for c in completions]))
+        if samples > 1:
+            answers = [final_answer(text) for text in texts]
+            majority = []
+            for p in range(len(prompts)):
+                group = answers[p * samples : (p + 1) * samples]
+                majority.append(passed_PG[p, group.index(Counter(group).most_common(1)[0][0])].item())
+            metrics[f"eval/pass@{samples}"] = passed_PG.amax(1).mean().item()
+            metrics[f"eval/maj@{samples}"] = float(np.mean(majority))
+        run.samples(
+            f"evaluation after step {step}, temperature {temperature:g}",
+            ["prompt", "completion", *[reward.name for reward in rewards]],
+            [[tokenizer.decode(prompts[p][1]), texts[p * samples], *reward_BF[p * samples].tolist()]
+             for p in range(min(4, len(prompts)))],
+        )
+    return metrics
+
+
+def main(args: Args) -> None:
+    # ------------------------------------------------------------------------------------------------------ 1. setup
+    ranks = PartialState()
+    device = ranks.device
+    run = Run(args, __file__, ranks.is_main_process)
+    set_seed(args.seed)
+
+    # ------------------------------------------------------------------------------------------ 2. batch arithmetic
+    steps_per_rollout = args.steps_per_generation * args.num_iterations
+    if args.generation_batch_size % args.num_generations:
+        raise UserError(
+            f"--generation_batch_size {args.generation_batch_size} does not divide into groups of --num_generations "
+            f"{args.num_generations}: take a multiple, such as "
+            f"{-(-args.generation_batch_size // args.num_generations) * args.num_generations}"
+        )
+    if args.generation_batch_size % args.steps_per_generation:
+        raise UserError(
+            f"--generation_batch_size {args.generation_batch_size} does not divide into --steps_per_generation "
+            f"{args.steps_per_generation} equal parts"
+        )
+    if args.num_generations < 2:
+        raise UserError("--num_generations must be at least 2: a group of one has no baseline")
+    rewards = [
+        RewardFunction(name, globals()[name]) if name in globals() else load_reward(name, device)
+        for name in args.reward_funcs
+    ]
+    if args.reward_weights and len(args.reward_weights) != len(rewards):
+        raise UserError(f"{len(args.reward_weights)} --reward_weights for {len(rewards)} --reward_funcs: give one each")
+    weight_F = torch.tensor((args.reward_weights or [1.0] * len(rewards)) + [1.0] * bool(args.soft_overlong_cache))
+    num_prompts = args.generation_batch_size // args.num_generations
+    step_size = args.generation_batch_size // args.steps_per_generation
+    run.print(
+        f"a rollout: {num_prompts} prompts x {args.num_generations} = {args.generation_batch_size} completions, "
+        f"{args.num_iterations} pass(es) of {args.steps_per_generation} optimiser step(s) of {step_size}; "
+        f"{args.max_steps} steps in all on {ranks.num_processes} rank(s)"
+    )
+
+    # ------------------------------------------------------------------------------------------------------- 3. data
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    require_columns(rows, ("prompt",))
+    ledger = Ledger()
+    prompts = prepare_prompts(rows, tokenizer, args.max_prompt_length, args.on_overlong, ledger)
+    ledger.check()
+    run.print(f"train  {rows.name}: {ledger}")
+    eval_name = args.eval_dataset_name or (args.dataset_name if args.dataset_name.startswith("toy:") else None)
+    eval_rows, eval_prompts = None, []
+    if eval_name is not None:
+        eval_rows, eval_ledger = load_rows(eval_name, args.eval_split), Ledger()
+        require_columns(eval_rows, ("prompt",))
+        eval_prompts = prepare_prompts(eval_rows, tokenizer, args.max_prompt_length, args.on_overlong, eval_ledger)
+        eval_prompts = eval_prompts[: args.max_eval_samples]
+        run.print(f"eval   {eval_rows.name}: {eval_ledger}")
+
+    # ------------------------------------------------------------------------------------------------------ 4. models
+    dtype = compute_dtype(args.dtype, device)
+    source = (args.model_name_or_path, dtype, device, args.trust_remote_code, args.load_in_4bit, args.load_in_8bit)
+    model = load_policy(*source)
+    reference = None
+    if args.beta and not args.use_peft:
+        reference = load_policy(*source).requires_grad_(False)
+    if args.use_peft:
+        model = add_lora(
+            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
+        )
+    speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    run.print(describe(model))
+
+    # -------------------------------------------------------------------------------------------------- 5. optimiser
+    is_toy = args.dataset_name.startswith("toy:")
+    learning_rate = args.learning_rate or (5e-4 if is_toy else 1e-5 if args.use_peft else 1e-6)
+    warmup_steps = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * args.max_steps)
+    optimizer = make_optimizer(
+        model, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
+    )
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, args.max_steps)
+    run.print(f"peak learning rate {learning_rate:g} after {warmup_steps} warm-up steps")
+
+    # ----------------------------------------------------------------------------------------------------- 6. engine
+    longest = max(len(ids) for _, ids in prompts + eval_prompts) + args.max_completion_length
+    limit = getattr(base_model(model).config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise UserError(
+            f"the longest prompt and --max_completion_length {args.max_completion_length} make {longest} tokens, and the "
+            f"model takes {limit}: lower --max_completion_length, or --max_prompt_length with --on_overlong drop"
+        )
+    engine = build_engine(
+        "vllm" if args.use_vllm else "transformers", model, run.folder / "engine", max_model_len=longest,
+        dtype=str(dtype).removeprefix("torch."),  # vLLM's own choice for fp32 weights would be half precision
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep=args.vllm_enable_sleep_mode, seed=args.seed,
+    )
+    correction = args.sampler_correction
+    if correction == "auto":
+        correction = "token_truncate" if args.use_vllm else "none"
+    sampling = Sampling(
+        args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty,
+        stop_ids(tokenizer, base_model(model).generation_config.eos_token_id, args.stop_strings),
+    )
+    full_softmax = (args.top_p, args.top_k, args.min_p, args.repetition_penalty) == (1.0, 0, 0.0, 1.0)
+
+    # ----------------------------------------------------------------------------------------------------- 7. resume
+    first_step, cursor, rollout, rollout_metrics = 0, 0, None, {}
+    checkpoint = run.load_checkpoint()
+    if checkpoint is not None:
+        first_step, state = checkpoint
+        model.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        restore_random_state(state["random"])
+        cursor, rollout, rollout_metrics = state["cursor"], Rollout(**state["rollout"]), state["rollout_metrics"]
+        run.print(f"resumed after step {first_step}")
+    engine.push_weights(full_parameters(model))
+    if eval_prompts and first_step == 0 and not args.inspect:
+        metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, args, ranks, run, 0)
+        run.log(0, metrics)
+        run.print("before training  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+    # ------------------------------------------------------------------------------------------------------- 8. loop
+    kl_in_reward = bool(args.beta) and args.kl_in == "reward"
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    weights_before = weight_sum(optimizer) if first_step == 0 else None
+    for step in range(first_step + 1, args.max_steps + 1):
+        position = (step - 1) % steps_per_rollout
+        clock = {"time/generation": 0.0, "time/scoring": 0.0}
+        started = time.perf_counter()
+
+        # 8.1 A new rollout, scored by whoever will be compared with the policy
+        if position == 0:
+            wants_logprobs = correction != "none" or (step == 1 and full_softmax)
+            rollout, cursor, rollout_metrics = collect(
+                engine, tokenizer, rows, prompts, rewards, weight_F,
+                replace(sampling, logprobs=wants_logprobs), cursor, step, args, ranks, run,
+            )
+            engine.sleep()
+            clock["time/generation"] = time.perf_counter() - started
+            # On policy the old log-probs are the current ones, detached. Step 1 computes them all the same, for the gates
+            if steps_per_rollout > 1 or step == 1 or args.top_entropy_quantile < 1 or kl_in_reward:
+                rollout.old_logprobs_A, rollout.entropies_A = score_rollout(model, rollout, args, ranks)
+            if args.beta:
+                with without_adapter(model) if args.use_peft else nullcontext(reference) as prior:
+                    rollout.reference_logprobs_A, _ = score_rollout(prior, rollout, args, ranks)
+            reward_BF, column_weight_F = rollout.rewards_BF, weight_F
+            if kl_in_reward:  # one more reward, minus the KL of the whole completion, weighing beta
+                kl_A = kl_estimate(rollout.old_logprobs_A, rollout.reference_logprobs_A, args.kl_estimator)
+                kl_B = torch.stack([kl_T.sum() for kl_T in rollout.split(kl_A)])
+                reward_BF = torch.cat([reward_BF, -kl_B[:, None]], dim=1)
+                column_weight_F = torch.cat([weight_F, torch.tensor([args.beta])])
+            rollout.advantages_B = advantages_of_rewards(
+                reward_BF, column_weight_F, args.num_generations, args.scale_rewards, args.multi_objective_aggregation
+            )
+            clock["time/scoring"] = time.perf_counter() - started - clock["time/generation"]
+
+        # 8.2 Which sequences this step takes, and what each of their tokens weighs: known before the first backward
+        examples, advantages_B = rollout.examples(), rollout.advantages_B
+        chosen = minibatch(len(examples), args.steps_per_generation, position, (args.seed, step - position))
+        trained_B = torch.zeros(len(examples))
+        trained_B[chosen] = torch.tensor([float(examples[i].loss_mask.sum()) for i in chosen])
+        weight_B = torch.zeros(len(examples))
+        weight_B[chosen] = sequence_weights(trained_B[chosen], args.loss_aggregation, args.max_completion_length)
+        num_trained_tokens = max(1, int(trained_B.sum()))
+        if args.top_entropy_quantile < 1:
+            in_step_A = (trained_B > 0).repeat_interleave(rollout.lengths_B) & rollout.loss_mask_A
+            entropy_threshold = np.quantile(rollout.entropies_A[in_step_A].numpy(), 1 - args.top_entropy_quantile)
+        needed = chosen
+        if not args.entropy_coef and not (args.beta and args.kl_in == "loss"):
+            needed = [i for i in chosen if advantages_B[i] != 0 and trained_B[i] > 0]  # a zero advantage has a zero gradient: do not run it
+        micro_batches = pack(
+            [examples[i] for i in needed], args.max_tokens_per_micro_batch, ranks.num_processes, packing(model, args)
+        )[ranks.process_index]
+
+        # 8.3 Forward and backward, one packed row at a time
+        sums = dict.fromkeys(SUMS, 0.0)
+        for micro in micro_batches:
+            batch = collate(examples, [int(needed[i]) for i in micro], device, packing(model, args))
+            advantages_N = batch.spread(advantages_B)
+            if args.inspect:
+                return show_batch(run, tokenizer, batch, advantages_N)
+            scores = score_tokens(model, batch, args.temperature, statistics=True)
+            logprobs_N, mask_N = scores.logprobs_N, batch.loss_mask_N
+            old_N = logprobs_N.detach()
+            if rollout.old_logprobs_A is not None:
+                old_N = batch.take(rollout.split(rollout.old_logprobs_A))
+            log_ratio_N = logprobs_N - old_N
+            if args.importance_sampling_level == "sequence":
+                log_ratio_N = sequence_mean(log_ratio_N, batch)  # 2507.18071 Eq. 7
+            ratio_N = log_ratio_N.exp()
+
+            if args.surrogate == "clip":
+                loss_N = clipped_loss(ratio_N, advantages_N, args.epsilon, epsilon_high, args.delta)
+            elif args.surrogate == "cispo":
+                loss_N = cispo_loss(ratio_N, logprobs_N, advantages_N, args.cispo_max_ratio)
+            else:
+                loss_N = sapo_loss(ratio_N, advantages_N, args.sapo_temperature_pos, args.sapo_temperature_neg)
+            if args.top_entropy_quantile < 1:
+                loss_N = loss_N * (batch.take(rollout.split(rollout.entropies_A)) >= entropy_threshold)
+            if correction != "none":
+                sampler_N = batch.take(rollout.split(rollout.sampler_logprobs_A))
+                correction_N = correction_weights(
+                    old_N, sampler_N, batch, correction, args.sampler_correction_min, args.sampler_correction_max
+                )
+                loss_N = loss_N * correction_N
+            if args.beta:
+                reference_N = batch.take(rollout.split(rollout.reference_logprobs_A))
+                if args.kl_in == "loss":
+                    loss_N = loss_N + args.beta * kl_estimate(logprobs_N, reference_N, args.kl_estimator, ratio_N)
+
+            weight_N = batch.spread(weight_B) * mask_N
+            loss = (weight_N * loss_N).sum()
+            if args.entropy_coef:
+                loss = loss - args.entropy_coef * scores.entropies_N.sum() / num_trained_tokens
+            loss.backward()
+
+            with torch.no_grad():  # what to log, as sums over trained tokens
+                sums["loss"] += loss
+                sums["tokens"] += mask_N.sum()
+                sums["entropy"] += scores.entropies_N.sum()
+                sums["ratio_error"] += ((ratio_N - 1).abs() * mask_N).sum()
+                sums["clip_low"] += ((ratio_N < 1 - args.epsilon) & (advantages_N < 0) & mask_N).sum()
+                sums["clip_high"] += ((ratio_N > 1 + epsilon_high) & (advantages_N > 0) & mask_N).sum()
+                if args.beta:
+                    sums["kl"] += (kl_estimate(logprobs_N, reference_N, "k3") * mask_N).sum()
+                if correction != "none":
+                    sums["gap"] += ((old_N - sampler_N).abs() * mask_N).sum()
+                    sums["weight"] += (correction_N * mask_N).sum()
+                    sums["weight_squared"] += (correction_N**2 * mask_N).sum()
+                    sums["weight_zero"] += ((correction_N == 0) & mask_N).sum()
+        values = sum_over_ranks(torch.tensor([float(sums[name]) for name in SUMS], dtype=torch.float64, device=device))
+        sums = dict(zip(SUMS, values.tolist()))
+        per_token = {name: value / max(1.0, sums["tokens"]) for name, value in sums.items()}
+
+        # 8.4 Gates of step one: what must hold before a curve means anything
+        if step == 1:
+            noise = 1e-4 if dtype == torch.float32 else 0.1  # bf16 log-probs move by a few hundredths between micro-batches
+            clipped = per_token["clip_low"] + per_token["clip_high"]
+            run.gate("trained tokens in the step", num_trained_tokens, "> 0", trained_B.sum() > 0)
+            for name, value in (
+                ("|ratio - 1| before the first update", per_token["ratio_error"]),
+                ("clip fraction before the first update", clipped),
+                ("KL to the reference before the first update", per_token["kl"]),
+            ):
+                run.gate(name, value, f"0, below {noise:g}", value < noise)
+            if rollout.sampler_logprobs_A is not None and full_softmax:
+                gap = agreement(
+                    rollout.sampler_logprobs_A[rollout.loss_mask_A], rollout.old_logprobs_A[rollout.loss_mask_A]
+                )["mean"]
+                limit = 1e-3 if dtype == torch.float32 else 0.1  # stale weights are off by nats
+                run.gate("|log p sampler - log p trainer|", gap, f"0, below {limit:g}", gap < limit)
+
+        # 8.5 Update, then the engine gets the new weights
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if weights_before is not None and learning_rate > 0 and grad_norm > 0:
+            moved = weight_sum(optimizer) != weights_before
+            run.gate("weights moved by the first update", float(moved), "1", moved)
+            weights_before = None
+        clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]
+        if (position + 1) % steps_per_rollout == 0:
+            engine.push_weights(full_parameters(model))
+
+        # 8.6 Log, evaluate, save
+        last = step == args.max_steps
+        if step % args.logging_steps == 0 or last:
+            metrics = {
+                **rollout_metrics, "loss": sums["loss"], "grad_norm": grad_norm.item(), "learning_rate": learning_rate,
+                "entropy": per_token["entropy"], "clip_ratio/low_mean": per_token["clip_low"],
+                "clip_ratio/high_mean": per_token["clip_high"],
+                "clip_ratio/region_mean": per_token["clip_low"] + per_token["clip_high"],
+                "epoch": cursor / len(prompts),
+            }
+            if args.beta:
+                metrics["kl"] = per_token["kl"]
+            if correction != "none":
+                metrics["sampling/sampling_logp_difference/mean"] = per_token["gap"]
+                metrics["sampling/importance_sampling_ratio/mean"] = per_token["weight"]
+                metrics["sampling/frac_masked"] = per_token["weight_zero"]
+                metrics["sampling/effective_sample_size"] = sums["weight"] ** 2 / max(
+                    1e-9, sums["weight_squared"] * sums["tokens"]
+                )
+            clock["time/step"] = time.perf_counter() - started
+            if position == 0:
+                clock["generated_tokens_per_second"] = rollout_metrics["tokens/generated"] / clock["time/generation"]
+            run.log(step, metrics, clock)
+            run.progress(step, args.max_steps, {
+                name: metrics[name] for name in ("reward", "frac_reward_zero_std", "entropy", "completions/mean_length")
+            })
+        if eval_prompts and (last or (args.eval_steps and step % args.eval_steps == 0)):
+            engine.push_weights(full_parameters(model))
+            metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, args, ranks, run, step)
+            run.log(step, metrics)
+            run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        if args.save_steps and step % args.save_steps == 0 and not last:
+            run.save_checkpoint(step, {
+                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
+                "cursor": cursor, "rollout": vars(rollout), "rollout_metrics": rollout_metrics,
+            })
+
+    # ------------------------------------------------------------------------------------------------------- 9. save
+    engine.close()
+    if ranks.is_main_process:
+        save_model(model, tokenizer, run.final_folder)
+    run.print(f"saved {run.final_folder}")
+    run.close()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
