@@ -23,20 +23,20 @@ Departures from the papers and from what is usual
   1. Weights are counted over the whole optimiser step, all ranks and micro-batches, before the first backward; so is
      every statistic, the entropy quantile included. The gradient does not depend on how the step is cut.
   2. Nothing is padded (common/data.py). A completion's mask comes from its length and finish reason, never from ids.
-  3. A group of equal rewards has no gradient; its sequences are not run at all (exact: they still count in the weights).
+  3. A group of equal rewards has no gradient: its sequences are not run (exact, for they still count in the weights).
   4. With one optimiser step per rollout, old log-probs are the current ones, detached; no second forward pass. The
      sampler's are a third thing: the correction of 1.5.4 weighs each token by pi_old / pi_sampler, truncated.
   5. The standard deviation is Bessel's (as in TRL), plus 1e-4.
   6. top_entropy_quantile takes entropies of the policy that made the rollout, not of the current one.
 
-Dimension key: N tokens of a micro-batch, B sequences, P prompts, G samples a prompt, F reward functions, A all tokens of a
-rollout laid end to end.
+Dimension key: N tokens of a micro-batch, B sequences, P prompts, G samples a prompt, F reward functions, A all tokens
+of a rollout laid end to end.
 
     python sft.py && python grpo.py                                        # the toy: 2 CPU cores, no network, a minute
     python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name train.jsonl --use_vllm
     torchrun --nproc_per_node 8 grpo.py --model_name_or_path ... --dataset_name ... --use_vllm
 
-What you should see: on the toy, eval/exact_match from 0.3 to above 0.8 and greedy above 0.95 in 100 steps. The loss itself
+What you should see: on the toy, eval/exact_match from 0.3 to above 0.8 and greedy above 0.95 in 100 steps. The loss
 says little: on policy its value is that of a mean of advantages, about 0, while its gradient is not.
 """
 
@@ -54,12 +54,36 @@ from accelerate.utils import gather_object
 from transformers import get_scheduler
 
 from common.data import (
-    Example, Ledger, MicroBatch, Rows, collate, draw, load_rows, pack, prepare_prompts, require_columns, segment_sum,
+    Example,
+    Ledger,
+    MicroBatch,
+    Rows,
+    collate,
+    draw,
+    load_rows,
+    pack,
+    prepare_prompts,
+    require_columns,
+    segment_sum,
 )
 from common.engine import Sampling, agreement, build_engine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
-    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
+    add_lora,
+    base_model,
+    clip_gradients,
+    compute_dtype,
+    describe,
+    full_parameters,
+    layout_of,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    save_model,
+    score_tokens,
+    speed_up,
+    sum_over_ranks,
+    weight_sum,
+    without_adapter,
 )
 from common.rewards import RewardFunction, load_reward, score
 from common.run import Run, UserError, launch, random_state, restore_random_state, set_seed, show_batch
@@ -213,7 +237,7 @@ class Args:
     beta: float = 0.0
     """KL coefficient (0: no reference model is loaded)."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] = "k3_corrected"
-    """Of KL(pi || ref) at a sampled token; k3_corrected multiplies k3 by the ratio: unbiased gradient, off policy too."""
+    """Of KL(pi || ref) at a sampled token; k3_corrected multiplies k3 by the ratio: its gradient is unbiased."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL goes. In the reward it is summed over the completion, and k1 is the exact choice."""
     sampler_correction: Literal[
@@ -268,7 +292,7 @@ def exact_match(prompts: list, completions: list, answer: list[str], **_) -> lis
 
 def last_number(prompts: list, completions: list, answer: list[str], **_) -> list[float]:
     """1 if the last number in the completion is the answer: GSM8K and its like, "#### 42" or free prose."""
-    return [float(final_answer(text_of(completion)) == final_answer(gold)) for completion, gold in zip(completions, answer)]
+    return [float(final_answer(text_of(text)) == final_answer(gold)) for text, gold in zip(completions, answer)]
 
 
 def text_of(completion: str | list[dict]) -> str:
@@ -452,6 +476,16 @@ def sample(engine, prompts: list[list[int]], samples: int, sampling: Sampling, s
     return gather_object(completions)
 
 
+def grade(rewards: list, tokenizer, rows: list[dict], completions: list, ranks) -> tuple[list[str], torch.Tensor]:
+    """Texts and rewards_BF (NaN where a function has no opinion) of one completion a row, shared out over the ranks."""
+    texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+    with ranks.split_between_processes(list(range(len(rows)))) as mine:
+        columns = {name: [rows[i].get(name) for i in mine] for name in rows[0] if name != "prompt"}
+        columns["completion_ids"] = [completions[i].token_ids for i in mine]
+        scored = score(rewards, [rows[i]["prompt"] for i in mine], [texts[i] for i in mine], columns).tolist()
+    return texts, torch.tensor(gather_object(scored), dtype=torch.float32).view(len(rows), len(rewards))
+
+
 def minibatch(num_sequences: int, parts: int, position: int, seed: tuple[int, int]) -> np.ndarray:
     """Indices of the sequences that optimiser step `position` of a rollout trains on: a fresh shuffle every pass."""
     if parts == 1:
@@ -461,9 +495,9 @@ def minibatch(num_sequences: int, parts: int, position: int, seed: tuple[int, in
 
 
 @torch.no_grad()
-def score_rollout(model, rollout: Rollout, args: Args, ranks) -> tuple[torch.Tensor, torch.Tensor]:
+def score_rollout(model, rollout: Rollout, layout: str, args: Args, ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of a whole rollout under `model` [A], the work shared out over the ranks."""
-    examples, layout, scored = rollout.examples(), packing(model, args), []
+    examples, scored = rollout.examples(), []
     for indices in pack(examples, args.max_tokens_per_micro_batch, ranks.num_processes, layout)[ranks.process_index]:
         batch = collate(examples, indices, ranks.device, layout)
         scores = score_tokens(model, batch, args.temperature, statistics=True)
@@ -472,15 +506,9 @@ def score_rollout(model, rollout: Rollout, args: Args, ranks) -> tuple[torch.Ten
     return torch.cat([logprobs for _, logprobs, _ in scored]), torch.cat([entropies for _, _, entropies in scored])
 
 
-def packing(model, args: Args) -> str:
-    """How completions of one prompt share a row: its prompt computed once unless --no-share_prompts."""
-    layout = layout_of(model)
-    return "packed" if layout == "shared" and not args.share_prompts else layout
-
-
 def collect(
-    engine, tokenizer, rows: Rows, prompts: list, rewards: list, weight_F: torch.Tensor, sampling: Sampling, cursor: int,
-    step: int, args: Args, ranks, run: Run,
+    engine, tokenizer, rows: Rows, prompts: list, rewards: list, weight_F: torch.Tensor, sampling: Sampling,
+    cursor: int, step: int, args: Args, ranks, run: Run,
 ) -> tuple[Rollout, int, dict]:
     """1. draw prompts  2. sample  3. reward  4. keep; round after round under dynamic sampling.
 
@@ -495,15 +523,7 @@ def collect(
             engine, [prompts[i][1] for i in chosen], args.num_generations, sampling, args.seed, step, cursor, ranks
         )
         repeated = [row for row in chosen_rows for _ in range(args.num_generations)]
-        texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-        columns = {name: [row.get(name) for row in repeated] for name in rows.columns if name != "prompt"}
-        columns["completion_ids"] = [completion.token_ids for completion in completions]
-        with ranks.split_between_processes(list(range(len(texts)))) as mine:
-            scored = score(
-                rewards, [repeated[i]["prompt"] for i in mine], [texts[i] for i in mine],
-                {name: [column[i] for i in mine] for name, column in columns.items()},
-            ).tolist()
-        reward_BF = torch.tensor(gather_object(scored), dtype=torch.float32).view(len(texts), len(rewards))
+        texts, reward_BF = grade(rewards, tokenizer, repeated, completions, ranks)
         if args.soft_overlong_cache:
             length_B = torch.tensor([len(completion.token_ids) for completion in completions])
             penalty_B = soft_overlong_penalty(length_B, args.max_completion_length, args.soft_overlong_cache)
@@ -519,8 +539,8 @@ def collect(
                 kept.append(item)
     if not kept:
         raise UserError(
-            f"step {step}: no group of {rounds} round(s) of {wanted} prompts had differing rewards, so there is nothing "
-            "to learn from; use easier prompts, more --num_generations, or leave --dynamic_sampling off"
+            f"step {step}: in {rounds} round(s) of {wanted} prompts no group had differing rewards, so there is nothing to "
+            "learn from; use easier prompts, more --num_generations, or leave --dynamic_sampling off"
         )
 
     sequences = [(ids, completion) for ids, completions, _, _ in kept for completion in completions]
@@ -551,7 +571,8 @@ def collect(
     metrics = {
         "reward": total_B.mean(), "reward_std": nan_std(groups_PG).mean(),
         "frac_reward_zero_std": (groups_PG == groups_PG[:, :1]).all(1).float().mean(),
-        "completions/mean_length": length_B.mean(), "completions/max_length": length_B.max(),
+        "completions/mean_length": length_B.mean(), "completions/min_length": length_B.min(),
+        "completions/max_length": length_B.max(),
         "completions/clipped_ratio": 1 - stopped_B.float().mean(),
         "completions/mean_terminated_length": length_B[stopped_B].mean() if stopped_B.any() else torch.tensor(0.0),
         "tokens/generated": length_B.sum(), "tokens/masked": rollout.input_ids_A.numel() - rollout.loss_mask_A.sum(),
@@ -573,7 +594,7 @@ def collect(
 
 
 def evaluate(
-    engine, tokenizer, rows: Rows, prompts: list, rewards: list, sampling: Sampling, args: Args, ranks, run: Run, step: int
+    engine, tokenizer, rows: Rows, prompts: list, rewards: list, sampling: Sampling, step: int, args: Args, ranks, run: Run
 ) -> dict[str, float]:
     """Greedy and sampled scores on held-out prompts. The same seeds every time, so two evaluations differ by the model.
 
@@ -585,11 +606,8 @@ def evaluate(
     for suffix, samples, temperature in (("", args.num_generations_eval, sampling.temperature), ("_greedy", 1, 0.0)):
         settings = Sampling(sampling.max_tokens, temperature, stop_token_ids=sampling.stop_token_ids)
         completions = sample(engine, [ids for _, ids in prompts], samples, settings, args.seed, -1, 0, ranks)
-        texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
         repeated = [row for row in held_out for _ in range(samples)]
-        columns = {name: [row.get(name) for row in repeated] for name in rows.columns if name != "prompt"}
-        columns["completion_ids"] = [completion.token_ids for completion in completions]
-        reward_BF = score(rewards, [row["prompt"] for row in repeated], texts, columns)
+        texts, reward_BF = grade(rewards, tokenizer, repeated, completions, ranks)
         for reward, mean in zip(rewards, reward_BF.nanmean(0)):
             metrics[f"eval/{reward.name}{suffix}"] = mean.item()
         passed_PG = (reward_BF[:, 0] >= 1).float().view(-1, samples)
@@ -615,7 +633,7 @@ def evaluate(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
-    ranks = PartialState()
+    ranks = PartialState(cpu=not torch.cuda.is_available())  # without this a CPU run under torchrun is several of one rank
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -679,6 +697,7 @@ def main(args: Args) -> None:
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
     run.print(describe(model))
 
     # -------------------------------------------------------------------------------------------------- 5. optimiser
@@ -696,13 +715,14 @@ def main(args: Args) -> None:
     limit = getattr(base_model(model).config, "max_position_embeddings", longest)
     if longest > limit:
         raise UserError(
-            f"the longest prompt and --max_completion_length {args.max_completion_length} make {longest} tokens, and the "
-            f"model takes {limit}: lower --max_completion_length, or --max_prompt_length with --on_overlong drop"
+            f"the longest prompt and --max_completion_length {args.max_completion_length} make {longest} tokens, and "
+            f"the model takes {limit}: lower --max_completion_length, or --max_prompt_length with --on_overlong drop"
         )
     engine = build_engine(
         "vllm" if args.use_vllm else "transformers", model, run.folder / "engine", max_model_len=longest,
         dtype=str(dtype).removeprefix("torch."),  # vLLM's own choice for fp32 weights would be half precision
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep=args.vllm_enable_sleep_mode, seed=args.seed,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep=args.vllm_enable_sleep_mode,
+        seed=args.seed,
     )
     correction = args.sampler_correction
     if correction == "auto":
@@ -723,10 +743,9 @@ def main(args: Args) -> None:
         scheduler.load_state_dict(state["scheduler"])
         restore_random_state(state["random"])
         cursor, rollout, rollout_metrics = state["cursor"], Rollout(**state["rollout"]), state["rollout_metrics"]
-        run.print(f"resumed after step {first_step}")
     engine.push_weights(full_parameters(model))
     if eval_prompts and first_step == 0 and not args.inspect:
-        metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, args, ranks, run, 0)
+        metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, 0, args, ranks, run)
         run.log(0, metrics)
         run.print("before training  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
@@ -748,12 +767,12 @@ def main(args: Args) -> None:
             )
             engine.sleep()
             clock["time/generation"] = time.perf_counter() - started
-            # On policy the old log-probs are the current ones, detached. Step 1 computes them all the same, for the gates
+            # On policy the old log-probs are the current ones, detached; step 1 computes them for the gates
             if steps_per_rollout > 1 or step == 1 or args.top_entropy_quantile < 1 or kl_in_reward:
-                rollout.old_logprobs_A, rollout.entropies_A = score_rollout(model, rollout, args, ranks)
+                rollout.old_logprobs_A, rollout.entropies_A = score_rollout(model, rollout, layout, args, ranks)
             if args.beta:
                 with without_adapter(model) if args.use_peft else nullcontext(reference) as prior:
-                    rollout.reference_logprobs_A, _ = score_rollout(prior, rollout, args, ranks)
+                    rollout.reference_logprobs_A, _ = score_rollout(prior, rollout, layout, args, ranks)
             reward_BF, column_weight_F = rollout.rewards_BF, weight_F
             if kl_in_reward:  # one more reward, minus the KL of the whole completion, weighing beta
                 kl_A = kl_estimate(rollout.old_logprobs_A, rollout.reference_logprobs_A, args.kl_estimator)
@@ -776,17 +795,17 @@ def main(args: Args) -> None:
         if args.top_entropy_quantile < 1:
             in_step_A = (trained_B > 0).repeat_interleave(rollout.lengths_B) & rollout.loss_mask_A
             entropy_threshold = np.quantile(rollout.entropies_A[in_step_A].numpy(), 1 - args.top_entropy_quantile)
-        needed = chosen
+        needed = [i for i in chosen if trained_B[i] > 0]
         if not args.entropy_coef and not (args.beta and args.kl_in == "loss"):
-            needed = [i for i in chosen if advantages_B[i] != 0 and trained_B[i] > 0]  # a zero advantage has a zero gradient: do not run it
+            needed = [i for i in needed if advantages_B[i] != 0]  # no advantage, no gradient: do not run it
         micro_batches = pack(
-            [examples[i] for i in needed], args.max_tokens_per_micro_batch, ranks.num_processes, packing(model, args)
+            [examples[i] for i in needed], args.max_tokens_per_micro_batch, ranks.num_processes, layout
         )[ranks.process_index]
 
         # 8.3 Forward and backward, one packed row at a time
         sums = dict.fromkeys(SUMS, 0.0)
         for micro in micro_batches:
-            batch = collate(examples, [int(needed[i]) for i in micro], device, packing(model, args))
+            batch = collate(examples, [int(needed[i]) for i in micro], device, layout)
             advantages_N = batch.spread(advantages_B)
             if args.inspect:
                 return show_batch(run, tokenizer, batch, advantages_N)
@@ -845,7 +864,7 @@ def main(args: Args) -> None:
 
         # 8.4 Gates of step one: what must hold before a curve means anything
         if step == 1:
-            noise = 1e-4 if dtype == torch.float32 else 0.1  # bf16 log-probs move by a few hundredths between micro-batches
+            noise = 1e-4 if dtype == torch.float32 else 0.1  # bf16 log-probs vary by hundredths between micro-batches
             clipped = per_token["clip_low"] + per_token["clip_high"]
             run.gate("trained tokens in the step", num_trained_tokens, "> 0", trained_B.sum() > 0)
             for name, value in (
@@ -903,7 +922,7 @@ def main(args: Args) -> None:
             })
         if eval_prompts and (last or (args.eval_steps and step % args.eval_steps == 0)):
             engine.push_weights(full_parameters(model))
-            metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, args, ranks, run, step)
+            metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if args.save_steps and step % args.save_steps == 0 and not last:

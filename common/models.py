@@ -1,4 +1,4 @@
-"""Models: load, adapt, run packed, score tokens, save. What changes here is what a release of transformers or peft changes.
+"""Models: load, adapt, run packed, score tokens, save. What changes here is what transformers or peft change.
 
 Three ideas carry this file.
 
@@ -57,7 +57,7 @@ class Segments:
     longest_query: int
     longest_key: int
     key_index: torch.Tensor | None  # None: the keys are the row itself
-    rectangles: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # query index [B, T], key index [B, S], ages [T, S]
+    rectangles: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # query, key [B, T], [B, S]; ages [T, S]
     slot_N: torch.Tensor | None  # where in all rectangles, laid flat, each token of the row came to stand
 
 
@@ -89,7 +89,8 @@ def segments(batch: MicroBatch, use_varlen: bool) -> Segments:
             slot_N[starts[b]:starts[b + 1]] = written + row * len(column_T) + column_T[:batch.lengths[b]]
         rectangles.append((own_BT.to(device), torch.cat([prompt_BP, own_BT], 1).to(device), age_TS.to(device)))
         written += own_BT.numel()
-    return Segments(batch.cu_seqlens, batch.cu_seqlens, batch.max_length, longest_key, None, rectangles, slot_N.to(device))
+    cu = batch.cu_seqlens
+    return Segments(cu, cu, batch.max_length, longest_key, None, rectangles, slot_N.to(device))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, **_):
@@ -134,13 +135,13 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
-    """A fast tokenizer from a folder, a hub name, a .gguf file or "toy"; `chat_template`: a file, or the template itself."""
+    """A fast tokenizer from a folder, a hub name, a .gguf file or "toy"; `chat_template` is a file or a template."""
     if name == "toy":
         tokenizer = toy.toy_tokenizer()
     else:
         tokenizer = AutoTokenizer.from_pretrained(**_source(name))
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no EOS token, so a model could never learn to stop: set one in it")
+        raise UserError(f"the tokenizer of {name} has no EOS token, without which no model learns to stop: set one")
     if chat_template is not None:
         path = Path(chat_template)
         tokenizer.chat_template = path.read_text() if "{" not in chat_template and path.is_file() else chat_template
@@ -182,7 +183,7 @@ def load_policy(
             try:
                 import bitsandbytes  # noqa: F401
             except ImportError:
-                raise UserError("--load_in_4bit and --load_in_8bit need the package bitsandbytes, which is not installed")
+                raise UserError("--load_in_4bit and --load_in_8bit need a package: pip install bitsandbytes")
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
                 bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True,
@@ -209,7 +210,7 @@ def _source(name: str) -> dict:
     try:
         AutoConfig.from_pretrained(name)
     except OSError as error:
-        raise UserError(f"--model_name_or_path {name}: not a folder here and not loadable from the hub ({_first(error)})")
+        raise UserError(f"--model_name_or_path {name}: no folder here, and the hub does not give it ({_first(error)})")
     return {"pretrained_model_name_or_path": name}
 
 
@@ -266,7 +267,7 @@ def base_model(model):
 
 
 def add_lora(model, r: int, alpha: int, target_modules: list[str], use_rslora: bool, use_dora: bool):
-    """Wrap the model in a fresh LoRA adapter (fp32 matrices); `target_modules` empty means every linear layer but the head.
+    """Wrap the model in a fresh LoRA adapter in fp32; no `target_modules`: every linear layer but the output head.
 
     Raises:
         UserError: a target that the model does not have, or the output head (its adapter would be ignored here).
@@ -329,7 +330,7 @@ class TokenScores(NamedTuple):
 class _ScoreTokens(torch.autograd.Function):
     """log softmax(z / temperature)[target] and its entropy for z = cap(hidden @ weight.T + bias), chunk by chunk.
 
-    Forward keeps two numbers a token; backward rebuilds a chunk's logits and turns them into their own gradient in place:
+    Forward keeps two numbers a token; backward rebuilds a chunk's logits and turns them into their gradient in place:
       d logprob / d z = onehot(target) - p        d entropy / d z = -p * (log p + entropy)
     Four matrix products in all instead of three, and no [K, V] tensor outlives its chunk.
     """
@@ -424,8 +425,8 @@ def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics:
 class MasterAdamW(torch.optim.AdamW):
     """AdamW whose own parameters are fp32 copies of a low-precision model's.
 
-    A hook moves each parameter's gradient into its master's fp32 `.grad` as soon as backward has made it, so micro-batches
-    add up in fp32 and low-precision gradients never pile up. `step` writes the masters back, rounded once.
+    A hook moves each parameter's gradient into its master's fp32 `.grad` as soon as backward has made it, so
+    micro-batches add up in fp32 and low-precision gradients never pile up. `step` writes the masters back, rounded once.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], **options):
@@ -500,7 +501,7 @@ def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
 
 @torch.no_grad()
 def full_parameters(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter under its Hugging Face name, LoRA merged on the fly, one at a time: what an engine's loader takes.
+    """Every parameter under its Hugging Face name, LoRA merged on the fly, one at a time, as an engine's loader takes them.
 
     A tied output head comes under its own name as well: a loader that ties it skips the second.
     """
@@ -529,7 +530,7 @@ def merged_weight(layer) -> torch.Tensor:
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """A stock Hugging Face folder (a stock PEFT folder under LoRA): safetensors, tokenizer, generation_config untouched."""
+    """A stock Hugging Face folder (of PEFT under LoRA): safetensors, tokenizer, generation_config untouched."""
     core = base_model(model)
     core.config.use_cache = True
     model.save_pretrained(folder)

@@ -451,7 +451,7 @@ def restore_random_state(state: dict) -> None:
 def show_batch(run: Run, tokenizer: Any, batch: Any, advantages_N: torch.Tensor | None = None) -> None:
     """Prints one packed micro-batch: per sequence its place, positions and advantage, then its tokens coloured by role.
 
-    batch: common.data.MicroBatch. advantages_N: [N] or None. Where colours do not show, «» enclose the trained tokens.
+    batch: a common.data.MicroBatch. advantages_N: [N] or None. Where colours do not show, «» enclose trained tokens.
     """
     colours = {"prompt": "bright_black", "trained": "green", "trained, advantage < 0": "red", "masked": "yellow"}
     counts = dict.fromkeys(colours, 0)

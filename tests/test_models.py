@@ -6,14 +6,31 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, MistralConfig,
-    Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from common.data import Example, collate, pack
 from common.models import (
-    MasterAdamW, add_lora, base_model, clip_gradients, full_parameters, layout_of, load_policy, load_tokenizer,
-    make_optimizer, prepare_model, save_model, score_tokens, without_adapter,
+    MasterAdamW,
+    add_lora,
+    clip_gradients,
+    full_parameters,
+    layout_of,
+    load_policy,
+    load_tokenizer,
+    make_optimizer,
+    prepare_model,
+    save_model,
+    score_tokens,
+    without_adapter,
 )
 from common.run import UserError
 
@@ -123,7 +140,7 @@ def test_take_and_give_are_inverse_on_a_shared_row():
 
 
 def test_soft_capped_attention_is_not_packed():
-    """Gemma 2 caps its attention logits, which no packed kernel here does: it must run one sequence per row, correctly."""
+    """Gemma 2 caps its attention logits, which no packed kernel here does: one sequence per row, and correctly."""
     config = Gemma2Config(**SMALL, attn_logit_softcapping=1.0, final_logit_softcapping=2.0, sliding_window=64)
     torch.manual_seed(0)
     model = prepare_model(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
@@ -167,7 +184,8 @@ def test_gradients_of_scores_equal_autograd(chunk, softcap):
 def test_gradient_does_not_depend_on_packing():
     """One row of all sequences, rows of one, checkpointing, in one gradient: relative L2 below 1e-5."""
     gradients = []
-    for rows, checkpointing in (([[0, 1, 2, 3, 4]], False), ([[4], [2], [0], [1], [3]], False), ([[2, 1], [0, 3, 4]], True)):
+    together, alone, pairs = [[0, 1, 2, 3, 4]], [[4], [2], [0], [1], [3]], [[2, 1], [0, 3, 4]]
+    for rows, checkpointing in ((together, False), (alone, False), (pairs, True)):
         model = build("qwen3")
         if checkpointing:
             from common.models import speed_up
@@ -220,7 +238,7 @@ def test_master_gradients_add_up_in_fp32():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_reference_merge_and_save(tmp_path, dora):
-    """A fresh adapter changes nothing; a trained one is merged on the fly into the weights an engine gets, names intact."""
+    """A fresh adapter changes nothing; a trained one is merged into the weights an engine gets, names intact."""
     model = add_lora(build("llama"), r=4, alpha=8, target_modules=[], use_rslora=True, use_dora=dora)
     batch = collate(sequences(), [0, 2, 4], torch.device("cpu"))
     start = score_tokens(model, batch).logprobs_N
