@@ -40,6 +40,8 @@ What you should see: on the toy, eval/exact_match from 0.3 to above 0.8 and gree
 says little: on policy its value is that of a mean of advantages, about 0, while its gradient is not.
 """
 
+import copy
+import math
 import re
 import time
 from collections import Counter
@@ -85,8 +87,17 @@ from common.models import (
     weight_sum,
     without_adapter,
 )
-from common.rewards import RewardFunction, load_reward, score
-from common.run import Run, UserError, launch, random_state, restore_random_state, set_seed, show_batch
+from common.rewards import load_reward, score
+from common.run import (
+    Run,
+    UserError,
+    launch,
+    random_state,
+    require_at_least,
+    restore_random_state,
+    set_seed,
+    show_batch,
+)
 
 
 @dataclass
@@ -196,8 +207,10 @@ class Args:
     """Tokens of one forward and backward pass: the memory knob. It changes no result."""
     share_prompts: bool = True
     """Compute the prompt of a group once, its completions attending to it: faster, the same result to rounding."""
-    lr_scheduler_type: str = "linear"
-    """Any schedule of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "linear"
+    """How the learning rate goes on after warm-up (transformers.get_scheduler)."""
     warmup_steps: float = 5
     """Warm-up in steps, or below 1 as a share of all steps."""
     weight_decay: float = 0.0
@@ -310,7 +323,7 @@ def final_answer(text: str) -> str:
 
 
 def soft_overlong_penalty(length_B: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """DAPO Eq. 13: 0 up to max_length - cache, then linear to -1 at max_length. [B]"""
+    """DAPO sec. 3.4: 0 up to max_length - cache, then linear to -1 at max_length. [B]"""
     return ((max_length - cache - length_B) / cache).clamp(-1, 0)
 
 
@@ -325,11 +338,13 @@ def group_advantages(
         batch_statistics: mean and deviation over the whole batch instead (the last step of GDPO).
     """
     grouped_PG = reward_B[None] if batch_statistics else reward_B.view(-1, num_generations)
+    # From the smallest up: equal rewards, whatever they are, have a mean of exactly 0 and no advantage from rounding
+    grouped_PG = grouped_PG - grouped_PG.nan_to_num(float("inf")).amin(1, keepdim=True)
     centred_PG = grouped_PG - grouped_PG.nanmean(1, keepdim=True)
     if scale == "group" or batch_statistics:
         centred_PG = centred_PG / (nan_std(grouped_PG) + 1e-4)
     elif scale == "batch":
-        centred_PG = centred_PG / (nan_std(grouped_PG.reshape(1, -1)) + 1e-4)
+        centred_PG = centred_PG / (nan_std(reward_B[None]) + 1e-4)
     return centred_PG.flatten().nan_to_num(0.0)
 
 
@@ -345,17 +360,23 @@ def advantages_of_rewards(
 ) -> torch.Tensor:
     """Several rewards into one advantage [B]: sum_then_normalize, or GDPO's normalize_then_sum (2601.05242)."""
     if aggregation == "sum_then_normalize":
-        reward_B = (reward_BF * weight_F).nansum(1).masked_fill(reward_BF.isnan().all(1), float("nan"))
-        return group_advantages(reward_B, num_generations, scale)
+        return group_advantages(total_reward(reward_BF, weight_F), num_generations, scale)
     each_BF = torch.stack([group_advantages(reward_B, num_generations, "group") for reward_B in reward_BF.T], dim=1)
-    return group_advantages((each_BF * weight_F).sum(1), num_generations, "none", batch_statistics=True)
+    unscored_B = reward_BF.isnan().all(1)
+    total_B = (each_BF * weight_F).sum(1).masked_fill(unscored_B, float("nan"))
+    return group_advantages(total_B, num_generations, "none", batch_statistics=True)
+
+
+def total_reward(reward_BF: torch.Tensor, weight_F: torch.Tensor) -> torch.Tensor:
+    """Weighted sum [B] of the functions that have an opinion; NaN where none has."""
+    return (reward_BF * weight_F).nansum(1).masked_fill(reward_BF.isnan().all(1), float("nan"))
 
 
 def sequence_weights(length_B: torch.Tensor, aggregation: str, max_completion_length: int) -> torch.Tensor:
     """Weight of every trained token of sequence i, from the trained lengths of the whole optimiser step. [B]
 
-    token_mean: 1 / sum_j L_j (DAPO Eq. 8); sequence_mean: 1 / (B' L_i), B' = sequences that train at all (GRPO Eq. 3);
-    constant: 1 / (B L_max) (Dr. GRPO).
+    token_mean: 1 / sum_j L_j (DAPO sec. 3.3). sequence_mean: 1 / (B' L_i), B' the sequences that train at all (GRPO
+    Eq. 3). constant: 1 / (B L_max) (Dr. GRPO).
     """
     length_B = length_B.float()
     if aggregation == "token_mean":
@@ -384,7 +405,7 @@ def clipped_loss(
 def cispo_loss(
     ratio_N: torch.Tensor, logprobs_N: torch.Tensor, advantages_N: torch.Tensor, max_ratio: float
 ) -> torch.Tensor:
-    """REINFORCE under a capped, detached ratio (2506.13585 Eq. 4): no token ever loses its gradient. [N]"""
+    """REINFORCE under a capped, detached ratio (2506.13585 sec. 3.1): no token ever loses its gradient. [N]"""
     return -ratio_N.clamp(max=max_ratio).detach() * advantages_N * logprobs_N
 
 
@@ -462,6 +483,11 @@ class Rollout:
         columns = zip(self.split(self.input_ids_A), self.split(self.loss_mask_A), self.prompt_lengths_B.tolist())
         return [Example(ids.numpy(), mask.numpy(), row, prompt) for row, (ids, mask, prompt) in enumerate(columns)]
 
+    def completions(self) -> list[Example]:
+        """The same with every completion token marked, trained or not: a KL in the reward counts them all."""
+        columns = zip(self.split(self.input_ids_A), self.prompt_lengths_B.tolist())
+        return [Example(ids, np.arange(len(ids)) >= prompt, row, prompt) for row, (ids, prompt) in enumerate(columns)]
+
 
 def sample(engine, prompts: list[list[int]], samples: int, sampling: Sampling, seed: int, step: int, first: int, ranks):
     """`samples` completions of each prompt, prompts shared out over the ranks; P * G completions, groups contiguous.
@@ -497,7 +523,7 @@ def minibatch(num_sequences: int, parts: int, position: int, seed: tuple[int, in
 @torch.no_grad()
 def score_rollout(model, rollout: Rollout, layout: str, args: Args, ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies of a whole rollout under `model` [A], the work shared out over the ranks."""
-    examples, scored = rollout.examples(), []
+    examples, scored = rollout.completions(), []
     for indices in pack(examples, args.max_tokens_per_micro_batch, ranks.num_processes, layout)[ranks.process_index]:
         batch = collate(examples, indices, ranks.device, layout)
         scores = score_tokens(model, batch, args.temperature, statistics=True)
@@ -533,14 +559,13 @@ def collect(
             group = slice(p * args.num_generations, (p + 1) * args.num_generations)
             item = (prompts[i][1], completions[group], texts[group], reward_BF[group])
             seen.append(item)
-            # Exact equality, of the whole group: OpenRLHF filtered by mean, and a group can sit at any mean
-            differs = ((item[3] * weight_F).nansum(1) != (item[3][0] * weight_F).nansum()).any()
+            differs = total_reward(item[3], weight_F).nan_to_num(0).unique().numel() > 1  # exactly; the whole group
             if len(kept) < wanted and (differs or not args.dynamic_sampling):
                 kept.append(item)
     if not kept:
         raise UserError(
-            f"step {step}: in {rounds} round(s) of {wanted} prompts no group had differing rewards, so there is nothing to "
-            "learn from; use easier prompts, more --num_generations, or leave --dynamic_sampling off"
+            f"step {step}: in {rounds} round(s) of {wanted} prompts no group had differing rewards, so nothing can be "
+            "learnt; use easier prompts, more --num_generations, or leave --dynamic_sampling off"
         )
 
     sequences = [(ids, completion) for ids, completions, _, _ in kept for completion in completions]
@@ -562,15 +587,15 @@ def collect(
         )
 
     all_BF = torch.cat([item[3] for item in seen])
-    total_B = (all_BF * weight_F).nansum(1)
+    total_B = total_reward(all_BF, weight_F)
     groups_PG = total_B.view(-1, args.num_generations)
     completions = [c for _, group, _, _ in seen for c in group]
     length_B = torch.tensor([len(c.token_ids) for c in completions]).float()
     stopped_B = torch.tensor([c.finish_reason == "stop" for c in completions])
     names = [reward.name for reward in rewards] + (["soft_overlong"] if args.soft_overlong_cache else [])
     metrics = {
-        "reward": total_B.mean(), "reward_std": nan_std(groups_PG).mean(),
-        "frac_reward_zero_std": (groups_PG == groups_PG[:, :1]).all(1).float().mean(),
+        "reward": total_B.nanmean(), "reward_std": nan_std(total_B[None])[0, 0],
+        "frac_reward_zero_std": (nan_std(groups_PG) == 0).float().mean(),
         "completions/mean_length": length_B.mean(), "completions/min_length": length_B.min(),
         "completions/max_length": length_B.max(),
         "completions/clipped_ratio": 1 - stopped_B.float().mean(),
@@ -594,7 +619,8 @@ def collect(
 
 
 def evaluate(
-    engine, tokenizer, rows: Rows, prompts: list, rewards: list, sampling: Sampling, step: int, args: Args, ranks, run: Run
+    engine, tokenizer, rows: Rows, prompts: list, rewards: list, sampling: Sampling, step: int, args: Args, ranks,
+    run: Run,
 ) -> dict[str, float]:
     """Greedy and sampled scores on held-out prompts. The same seeds every time, so two evaluations differ by the model.
 
@@ -633,7 +659,14 @@ def evaluate(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # without this a CPU run under torchrun is several of one rank
+    require_at_least(
+        1, args, "max_steps", "steps_per_generation", "num_iterations", "max_completion_length", "logging_steps",
+        "max_tokens_per_micro_batch", "num_generations_eval", "max_prompt_length",
+    )
+    require_at_least(2, args, "num_generations")  # a group of one has no baseline
+    require_at_least(args.num_generations, args, "generation_batch_size")
+    require_at_least(0.01, args, "temperature")  # at 0 a group is one answer G times
+    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -649,14 +682,10 @@ def main(args: Args) -> None:
     if args.generation_batch_size % args.steps_per_generation:
         raise UserError(
             f"--generation_batch_size {args.generation_batch_size} does not divide into --steps_per_generation "
-            f"{args.steps_per_generation} equal parts"
+            f"{args.steps_per_generation} equal parts: take a multiple of both it and --num_generations, such as "
+            f"{math.lcm(args.steps_per_generation, args.num_generations)}"
         )
-    if args.num_generations < 2:
-        raise UserError("--num_generations must be at least 2: a group of one has no baseline")
-    rewards = [
-        RewardFunction(name, globals()[name]) if name in globals() else load_reward(name, device)
-        for name in args.reward_funcs
-    ]
+    rewards = [load_reward(name, device, globals()) for name in args.reward_funcs]
     if args.reward_weights and len(args.reward_weights) != len(rewards):
         raise UserError(f"{len(args.reward_weights)} --reward_weights for {len(rewards)} --reward_funcs: give one each")
     weight_F = torch.tensor((args.reward_weights or [1.0] * len(rewards)) + [1.0] * bool(args.soft_overlong_cache))
@@ -675,6 +704,8 @@ def main(args: Args) -> None:
     ledger = Ledger()
     prompts = prepare_prompts(rows, tokenizer, args.max_prompt_length, args.on_overlong, ledger)
     ledger.check()
+    if not prompts:
+        raise UserError(f"{rows.name}: no prompt is as short as --max_prompt_length {args.max_prompt_length}: raise it")
     run.print(f"train  {rows.name}: {ledger}")
     eval_name = args.eval_dataset_name or (args.dataset_name if args.dataset_name.startswith("toy:") else None)
     eval_rows, eval_prompts = None, []
@@ -687,11 +718,10 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------------------------------ 4. models
     dtype = compute_dtype(args.dtype, device)
-    source = (args.model_name_or_path, dtype, device, args.trust_remote_code, args.load_in_4bit, args.load_in_8bit)
-    model = load_policy(*source)
-    reference = None
-    if args.beta and not args.use_peft:
-        reference = load_policy(*source).requires_grad_(False)
+    model = load_policy(
+        args.model_name_or_path, dtype, device, args.trust_remote_code, args.load_in_4bit, args.load_in_8bit
+    )
+    reference = copy.deepcopy(model).requires_grad_(False) if args.beta and not args.use_peft else None
     if args.use_peft:
         model = add_lora(
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
@@ -702,7 +732,9 @@ def main(args: Args) -> None:
 
     # -------------------------------------------------------------------------------------------------- 5. optimiser
     is_toy = args.dataset_name.startswith("toy:")
-    learning_rate = args.learning_rate or (5e-4 if is_toy else 1e-5 if args.use_peft else 1e-6)
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 5e-4 if is_toy else 1e-5 if args.use_peft else 1e-6
     warmup_steps = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * args.max_steps)
     optimizer = make_optimizer(
         model, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
@@ -796,7 +828,7 @@ def main(args: Args) -> None:
             in_step_A = (trained_B > 0).repeat_interleave(rollout.lengths_B) & rollout.loss_mask_A
             entropy_threshold = np.quantile(rollout.entropies_A[in_step_A].numpy(), 1 - args.top_entropy_quantile)
         needed = [i for i in chosen if trained_B[i] > 0]
-        if not args.entropy_coef and not (args.beta and args.kl_in == "loss"):
+        if not args.entropy_coef and not args.beta:
             needed = [i for i in needed if advantages_B[i] != 0]  # no advantage, no gradient: do not run it
         micro_batches = pack(
             [examples[i] for i in needed], args.max_tokens_per_micro_batch, ranks.num_processes, layout
@@ -860,16 +892,16 @@ def main(args: Args) -> None:
                     sums["weight_zero"] += ((correction_N == 0) & mask_N).sum()
         values = sum_over_ranks(torch.tensor([float(sums[name]) for name in SUMS], dtype=torch.float64, device=device))
         sums = dict(zip(SUMS, values.tolist()))
-        per_token = {name: value / max(1.0, sums["tokens"]) for name, value in sums.items()}
+        per_token = {name: value / max(1.0, sums["tokens"]) for name, value in sums.items()}  # of those that were run
+        clip_low, clip_high = sums["clip_low"] / num_trained_tokens, sums["clip_high"] / num_trained_tokens  # of all
 
         # 8.4 Gates of step one: what must hold before a curve means anything
         if step == 1:
             noise = 1e-4 if dtype == torch.float32 else 0.1  # bf16 log-probs vary by hundredths between micro-batches
-            clipped = per_token["clip_low"] + per_token["clip_high"]
             run.gate("trained tokens in the step", num_trained_tokens, "> 0", trained_B.sum() > 0)
             for name, value in (
                 ("|ratio - 1| before the first update", per_token["ratio_error"]),
-                ("clip fraction before the first update", clipped),
+                ("clip fraction before the first update", clip_low + clip_high),
                 ("KL to the reference before the first update", per_token["kl"]),
             ):
                 run.gate(name, value, f"0, below {noise:g}", value < noise)
@@ -899,9 +931,8 @@ def main(args: Args) -> None:
         if step % args.logging_steps == 0 or last:
             metrics = {
                 **rollout_metrics, "loss": sums["loss"], "grad_norm": grad_norm.item(), "learning_rate": learning_rate,
-                "entropy": per_token["entropy"], "clip_ratio/low_mean": per_token["clip_low"],
-                "clip_ratio/high_mean": per_token["clip_high"],
-                "clip_ratio/region_mean": per_token["clip_low"] + per_token["clip_high"],
+                "entropy": per_token["entropy"], "clip_ratio/low_mean": clip_low, "clip_ratio/high_mean": clip_high,
+                "clip_ratio/region_mean": clip_low + clip_high, "tokens/run": sums["tokens"],
                 "epoch": cursor / len(prompts),
             }
             if args.beta:

@@ -62,7 +62,16 @@ from common.models import (
     weight_sum,
 )
 from common.rewards import load_reward, score
-from common.run import Run, launch, random_state, restore_random_state, set_seed, show_batch
+from common.run import (
+    Run,
+    UserError,
+    launch,
+    random_state,
+    require_at_least,
+    restore_random_state,
+    set_seed,
+    show_batch,
+)
 
 
 @dataclass
@@ -149,8 +158,10 @@ class Args:
     """Passes over the data."""
     max_steps: int = -1
     """Optimiser steps; if positive it overrides num_train_epochs."""
-    lr_scheduler_type: str = "cosine"
-    """Any schedule of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "cosine"
+    """How the learning rate goes on after warm-up (transformers.get_scheduler)."""
     warmup_steps: float = 0.1
     """Warm-up in steps, or below 1 as a share of all steps."""
     weight_decay: float = 0.0
@@ -184,7 +195,7 @@ class Args:
 def sft_loss(logprobs_N: torch.Tensor, loss_type: str) -> torch.Tensor:
     """Loss of each token [N], before the weights of `token_weights` make it a mean."""
     if loss_type == "dft":
-        return -logprobs_N.detach().exp() * logprobs_N  # arXiv 2508.05629 Eq. 9 [2nd]: sg[pi] log pi
+        return -logprobs_N.detach().exp() * logprobs_N  # arXiv 2508.05629: stop_gradient(pi) log pi
     return -logprobs_N
 
 
@@ -217,7 +228,7 @@ def prompt_of(row: dict):
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_sft(
     model, tokenizer, examples: list[Example], rows: list[dict], rewards: list, run: Run, args: Args, step: int
 ) -> dict[str, float]:
     """Loss and token accuracy on held-out rows; mean score of sampled (T=1) and greedy completions of their prompts."""
@@ -255,7 +266,10 @@ def evaluate(
 
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # without this a CPU run under torchrun is several of one rank
+    require_at_least(
+        1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length"
+    )
+    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -281,6 +295,8 @@ def main(args: Args) -> None:
         rows, lambda row: encode_row(row, tokenizer, args), args.max_length, args.on_overlong, ledger, args.on_empty
     )
     ledger.check()
+    if not examples:
+        raise UserError(f"{rows.name}: every row was dropped ({ledger}): raise --max_length or mend the data")
     run.print(f"train  {rows.name}: {ledger}")
 
     is_toy = args.dataset_name.startswith("toy:")
@@ -300,11 +316,16 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------ 4. batch arithmetic
     total_steps = args.max_steps
     if total_steps <= 0:
-        total_steps = max(1, int(args.num_train_epochs * len(examples) / args.train_batch_size))
+        total_steps = int(args.num_train_epochs * len(examples) / args.train_batch_size)
+    if total_steps < 1:
+        raise UserError(
+            f"--num_train_epochs {args.num_train_epochs:g} of {len(examples)} examples are less than one step of "
+            f"--train_batch_size {args.train_batch_size}: lower the batch size, or give --max_steps"
+        )
     warmup_steps = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * total_steps)
-    learning_rate = args.learning_rate or (
-        2e-3 if args.model_name_or_path == "toy" else 2e-4 if args.use_peft else 2e-5
-    )
+    learning_rate = args.learning_rate
+    if learning_rate is None:
+        learning_rate = 2e-3 if args.model_name_or_path == "toy" else 2e-4 if args.use_peft else 2e-5
     run.print(
         f"{len(examples):,} examples / {args.train_batch_size} per step -> {total_steps} optimiser steps "
         f"({total_steps * args.train_batch_size / len(examples):.2f} epochs) on {ranks.num_processes} rank(s), "
@@ -382,11 +403,11 @@ def main(args: Args) -> None:
                 "entropy": entropy / num_trained_tokens, "mean_token_accuracy": correct / num_trained_tokens,
                 "epoch": step * args.train_batch_size / len(examples), "num_tokens": num_tokens,
             }
-            run.log(step, metrics, {"tokens_per_second": tokens_seen / seconds, "seconds": seconds})
+            run.log(step, metrics, {"tokens_per_second": tokens_seen / seconds})
             run.progress(step, total_steps, {k: metrics[k] for k in ("loss", "mean_token_accuracy", "grad_norm")})
         last = step == total_steps
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            metrics = evaluate(model, tokenizer, eval_examples, eval_rows, rewards, run, args, step)
+            metrics = evaluate_sft(model, tokenizer, eval_examples, eval_rows, rewards, run, args, step)
             run.log(step, metrics)
             run.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if args.save_steps and step % args.save_steps == 0 and not last:

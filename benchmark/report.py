@@ -4,9 +4,9 @@
     python benchmark/report.py runs/grpo_seed* --markdown                            the table, for README.md
     python benchmark/report.py runs/grpo_seed* --collect benchmark/results/grpo_toy  what is small enough to commit
 
-Runs that differ in nothing but their seed are one experiment: tabulated as mean ± standard deviation, drawn as their mean
-in a band from the lowest to the highest. A single run comes with the 95 % intervals that its evaluation logged.
-`first` and `last` are the first and the last evaluation; `best` was chosen on the data it is measured on, so it flatters.
+Runs that differ in nothing but their seed are one experiment: tabulated as mean ± standard deviation, drawn as their
+mean in a band from the lowest to the highest. A single run comes with the 95 % intervals that its evaluation logged.
+`first` and `last` are the first and the last evaluation; `best` was chosen on the data that measures it: it flatters.
 A collected folder is a run folder again, and a run that is still going on can be looked at.
 """
 
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The finished lines of a file that may be growing. Not by splitlines(), which also cuts at a U+2028 in a sample."""
+    """The finished lines of a file that may be growing. Not by splitlines(), which cuts at a U+2028 as well."""
     whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in whole]
 
@@ -127,13 +127,15 @@ def facts(experiment: list[Run]) -> dict[str, str]:
     walls = [run.seconds("seconds") or sum(line.get("time/step", 0.0) for line in run.clock) for run in experiment]
     cpus = [run.seconds("cpu_seconds") for run in experiment]
     times = [None if None in laps else str(timedelta(seconds=round(np.mean(laps)))) for laps in (walls, cpus)]
-    commits = [(str(r.environment["git_commit"])[:7], "+ changes" * bool(r.environment["git_dirty"])) for r in experiment]
+    commits = {str(run.environment["git_commit"])[:7] for run in experiment}
+    changed = " + changes" * any(run.environment["git_dirty"] for run in experiment)
     return {
         "script": script_of(experiment[0]), "model": model, "data": data,
         "steps": str(steps) if planned in (steps, -1) else f"{steps} of {planned}",
-        "seeds": " ".join(str(run.config["seed"]) for run in experiment), "wall": times[0], "CPU": times[1] or "not logged",
-        "hardware": ", ".join(environment["gpus"]) or f"{environment['torch_threads']} of {environment['cpus']} CPU cores",
-        "commit": ", ".join(sorted({" ".join(filter(None, commit)) for commit in commits})),
+        "seeds": " ".join(str(run.config["seed"]) for run in experiment),
+        "wall": times[0], "CPU": times[1] or "not logged",
+        "hardware": ", ".join(environment["gpus"]) or "{torch_threads} of {cpus} CPU cores".format(**environment),
+        "commit": ", ".join(sorted(commits)) + changed,
     }  # fmt: skip
 
 
@@ -155,13 +157,14 @@ def result_rows(experiment: list[Run]) -> list[tuple[str, str, str, str]]:
 def print_table(console: Console, experiment: list[Run]) -> None:
     about = facts(experiment)
     width = "half a 95 % interval" if len(experiment) == 1 else "standard deviation over seeds"
-    console.print(f"{about['script']}: {about['model']} on {about['data']}", style="bold")
-    console.print(f"{about['steps']} steps, seed {about['seeds']}, {about['wall']} of training (CPU time {about['CPU']})")
-    console.print(f"{about['hardware']}, commit {about['commit']}")
-    table = Table(*("evaluation", "first", "last", "best"), caption=f"±: {width}", caption_justify="left")
+    console.print("{script}: {model} on {data}".format(**about), style="bold")
+    console.print("{steps} steps, seed {seeds}, {wall} of training (CPU time {CPU})".format(**about))
+    console.print("{hardware}, commit {commit}".format(**about))
+    table, rows = Table("evaluation", "first", "last", "best", caption_justify="left"), result_rows(experiment)
+    table.caption = f"±: {width}" if "±" in str(rows) else None
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in result_rows(experiment):
+    for row in rows:
         table.add_row(*row)
     console.print(table if table.rows else "no evaluation yet", "")
 
@@ -242,7 +245,7 @@ def draw(experiments: list[list[Run]], path: Path) -> None:
             panels.append((experiment, "loss", losses, "loss (nats per token)"))
             panels.extend([(experiment, None, scores, "share of held-out tokens or answers")] * bool(scores))
     rows, columns = -(-len(panels) // 3), min(3, len(panels))
-    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
+    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     size = (max(6.4, 4.9 * columns), 3.9 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, (experiment, training, names, unit) in zip(grid.flat, panels):
@@ -250,11 +253,14 @@ def draw(experiments: list[list[Run]], path: Path) -> None:
             draw_training(axes, experiment, training)
         draw_evaluation(axes, experiment, names)
         seeds = f"\nmean of {len(experiment)} seeds, lowest to highest" if len(experiment) > 1 else ""
-        axes.set_title(f"{script_of(experiment[0])}: {' on '.join(title_of(experiment))}{seeds}", loc="left", fontsize=9.5)
+        about = " on ".join(title_of(experiment))
+        axes.set_title(f"{script_of(experiment[0])}: {about}{seeds}", loc="left", fontsize=9.5)
         axes.set(xlabel="optimiser step", ylabel=unit)
+        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
         if axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)  # half of a curve looks like twice the effect
         axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.legend(frameon=False, fontsize=8.5)
     for axes in grid.flat[len(panels) :]:
         axes.remove()

@@ -122,7 +122,8 @@ def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ..
     close = {column: difflib.get_close_matches(column, rows.columns, n=1) for column in missing}
     hints = "".join(f"; should {found[0]!r} be called {column!r}?" for column, found in close.items() if found)
     needed = " or ".join(" + ".join(columns) for columns in alternatives)
-    raise UserError(f"{rows.name} needs the columns {needed}, and has {', '.join(rows.columns)}{hints}")
+    plural = "s" * (len(missing) > 1)
+    raise UserError(f"{rows.name} needs the column{plural} {needed}, and has {', '.join(rows.columns)}{hints}")
 
 
 def _load_toy(name: str, split: str) -> Rows:
@@ -227,9 +228,12 @@ def _read_json(path: Path) -> list[tuple[str, dict]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: byte {error.start + 1} is not UTF-8; convert the file, say with iconv") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON, or cut short ({error}); mend it (.jsonl: one object a line)") from error
+        at = f"column {error.colno}" if place != str(path) else f"line {error.lineno}, column {error.colno}"
+        wanted = "mend it (.jsonl: one object a line)"
+        raise UserError(f"{place}: not JSON, or cut short, at {at} ({error.msg}); {wanted}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{place}: the compressed file is damaged or cut short from here on ({error})") from error
+        reason = "the compressed file is damaged or cut short from here on"
+        raise UserError(f"{place}: {reason} ({error}); fetch or write it again") from error
     for place, row in placed:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row is an object with named columns, and this is a {type(row).__name__}")
@@ -309,6 +313,9 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of a prompt as the sampler gets them: a text as it is, a chat up to where the assistant begins to speak."""
     if not isinstance(prompt, str):
+        if not isinstance(prompt, list):
+            kind = type(prompt).__name__
+            raise UserError(f"a prompt of the type {kind} ({prompt!r:.60}) is neither text nor messages")
         if prompt and prompt[-1]["role"] == "assistant":
             raise UserError("the prompt ends with a message of the assistant, which belongs into the completion")
         prompt = render_chat(prompt, tokenizer, tools, True, chat_template_kwargs)
@@ -590,7 +597,8 @@ def _encode_rows(
     except UserError as error:
         raise UserError(f"{rows.where(i)}: {error}") from error
     except KeyError as error:
-        raise UserError(f"{rows.where(i)}: this row has no {error}") from error
+        held = ", ".join(column for column, value in rows[i].items() if value is not None)
+        raise UserError(f"{rows.where(i)}: this row has no {error}, only {held}; give it one or take it out") from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"{rows.where(i)}: a value has the wrong type ({error})") from error
     finally:

@@ -43,22 +43,35 @@ class RewardFunction:
     function: Callable  # f(prompts, completions, **columns) -> list[float | None], sync or async
 
 
-def load_reward(spec: str, device: torch.device | str = "cpu") -> RewardFunction:
+def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | None = None) -> RewardFunction:
     """The reward that `spec` names; a reward model is put on `device`.
 
     Args:
-        spec: "package.module:function", "file.py:function", "reasoning_gym", "math_verify", or a reward model's folder
-            or hub name.
+        spec: a function of the script, "package.module:function", "file.py:function", "reasoning_gym", "math_verify",
+            or a reward model's folder or hub name.
+        script: the script's globals(); its functions (prompts, completions, ...) go by their names alone.
 
     Raises:
         UserError: nothing of that name, a package that is missing, a model that is no reward model.
     """
+    functions = {name: value for name, value in (script or {}).items() if inspect.isfunction(value)}
+    wanted = {"prompts", "completions"}
+    here = {name: f for name, f in functions.items() if wanted <= {*inspect.signature(f).parameters}}
+    if spec in here:
+        return RewardFunction(spec, here[spec])
     if spec in ("reasoning_gym", "math_verify"):
         if importlib.util.find_spec(spec) is None:
             raise UserError(f"the reward {spec} needs a package: pip install {spec.replace('_', '-')}")
         return RewardFunction(spec, reasoning_gym_reward if spec == "reasoning_gym" else math_verify_reward)
     if ":" in spec:
         return RewardFunction(spec.rpartition(":")[2], _import_function(spec))
+    if "/" not in spec and not Path(spec).is_dir():
+        near = difflib.get_close_matches(spec, [*here, "reasoning_gym", "math_verify"], n=1)
+        hint = f"did you mean {near[0]}? Or give" if near else "give"
+        raise UserError(
+            f"there is no function {spec} to use as a reward; {hint} one of the script's functions, module:function, "
+            "file.py:function, reasoning_gym, math_verify, or a reward model's folder"
+        )
     return RewardFunction(Path(spec).name, load_reward_model(spec, torch.device(device)))
 
 
@@ -151,15 +164,15 @@ def _as_floats(reward: RewardFunction, values, prompts: list) -> list[float]:
     returned = f"the reward function {reward.name} returned"
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, (list, tuple)):
-        raise UserError(f"{returned} a {type(values).__name__}, not a list of numbers")
+        raise UserError(f"{returned} a {type(values).__name__}, not a list of numbers, one per completion")
     if len(values) != len(prompts):
-        raise UserError(f"{returned} {len(values)} rewards for {len(prompts)} completions")
+        raise UserError(f"{returned} {len(values)} rewards for {len(prompts)} completions; it takes one for each")
     floats = []
     for value, prompt in zip(values, prompts):
         value = value.item() if hasattr(value, "item") else value
         if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
             shown = textwrap.shorten(str(prompt), 100)
-            raise UserError(f"{returned} {value!r}, no finite number, for the prompt {shown}")
+            raise UserError(f"{returned} {value!r}, no finite number, for the prompt {shown}; None leaves it unscored")
         floats.append(math.nan if value is None else float(value))
     return floats
 

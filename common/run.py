@@ -102,12 +102,22 @@ def read_config(path: Path, Args: type) -> Any:
             elif isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
                 values[name] = tuple(value)
             typeguard.check_type(values[name], hints[name], collection_check_strategy=ALL_ITEMS)
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config {path} is not a readable list of `name: value`: {reason}") from None
-    except (ValueError, typeguard.TypeCheckError) as error:
-        raise UserError(f"--config {path}: `{name}: {value}` does not fit: {error}") from None
+    except (ValueError, typeguard.TypeCheckError):
+        wanted = getattr(hints[name], "__name__", str(hints[name]).replace("typing.", ""))
+        raise UserError(f"--config {path}: `{name}: {value}` does not fit, {name} takes {wanted}") from None
     return Args(**values)
+
+
+def require_at_least(minimum: float, args: Any, *names: str) -> None:
+    """UserError that names the first of these flags below `minimum`."""
+    for name in names:
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name} must be at least {minimum}, not {getattr(args, name)}")
 
 
 class Run:
@@ -127,13 +137,16 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         # Without a terminal rich would wrap at 80 columns; log files read better with one line per line.
         self.console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
+        self.opened = time.perf_counter()
         self.pace: tuple[int, float] | None = None  # step and time of the first progress line
         self.wandb = self.tensorboard = None
         if not self.writes:
             return
 
         config = plain_config(args)
-        holds_a_run = (self.folder / "config.yaml").exists()
+        # A first try that failed before its first step has left nothing worth keeping: the mended command may follow.
+        logged = self.folder / "metrics.jsonl"
+        holds_a_run = any(self.checkpoints.glob("step-*")) or (logged.exists() and logged.stat().st_size > 0)
         if holds_a_run and not args.resume:
             remedy = "continue it with --resume, choose another --output_dir, or delete it"
             raise UserError(f"{self.folder} already holds a run: {remedy}")
@@ -156,7 +169,6 @@ class Run:
                 self.print(f"{script} has changed since this run began: it may not end as it would have")
         write_whole(self.folder / "script.py", source)
         write_whole(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-        # Last: from here on the folder holds a run.
         write_whole(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         self.open_trackers(config, environment["run_id"])
 
@@ -178,10 +190,14 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], clock: dict[str, float] | None = None) -> None:
         """One line in metrics.jsonl and, for what no rerun repeats, one in clock.jsonl; both go to the trackers.
 
+        To `clock` are added the seconds since this process opened the run and its CPU seconds.
+
         Values may be numbers or tensors of one element. NaN and infinities become null; integers stay integers.
         """
         if not self.writes:
             return
+        if clock is not None:
+            clock = {**clock, "seconds": time.perf_counter() - self.opened, "cpu_seconds": time.process_time()}
         metrics, clock = plain_numbers(metrics), plain_numbers(clock or {})
         self.append("metrics.jsonl", {"step": step, **metrics})
         if clock:
@@ -320,7 +336,8 @@ def refuse_other_config(path: Path, config: dict) -> None:
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = [name for name in {**before, **config} if not free.fullmatch(name) and before.get(name) != config.get(name)]
     if names:
-        changes = ", ".join(f"{name} (was {before.get(name)}, now {config.get(name)})" for name in names)
+        changes = ", ".join(f"{name} (was {before.get(name)}, now {config.get(name)})" for name in names[:5])
+        changes += f" and {len(names) - 5} more" * (len(names) > 5)
         remedy = f"use the same, for example by --config {path}, or begin a new run with another --output_dir"
         raise UserError(f"--resume with other flags than the run in {path.parent} began with: {changes}; {remedy}")
 
@@ -351,6 +368,7 @@ def describe_environment(folder: Path, seed: int) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
+    metadata = [item.metadata for item in importlib.metadata.distributions()]  # each access parses it anew
     return {
         "run_id": secrets.token_hex(4),  # carried over a resume: one wandb run before and after
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -364,7 +382,7 @@ def describe_environment(folder: Path, seed: int) -> dict:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "packages": dict(sorted((item.name, item.version) for item in importlib.metadata.distributions())),
+        "packages": dict(sorted((found["Name"], found["Version"]) for found in metadata)),
     }
 
 

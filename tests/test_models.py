@@ -278,8 +278,9 @@ def test_saved_folder_is_stock_and_keeps_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("runs/nothing/final", "python sft.py"), ("./nowhere", "no such folder"), ("model.gguf", "no such .gguf"),
+    ("runs/sft/final", "python sft.py"), ("runs/nothing/final", "no such folder"), ("./nowhere", "no such folder"), ("model.gguf", "no such .gguf"),
 ])
-def test_a_model_that_is_not_there_is_one_sentence(name, words):
+def test_a_model_that_is_not_there_is_one_sentence(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         load_policy(name, torch.float32, torch.device("cpu"))
