@@ -9,6 +9,6 @@ export HF_HUB_OFFLINE=1
 for script in sft grpo; do
   [ ! -e runs/$script ] || { echo "demo.sh: runs/$script is there already; move it away first" >&2; exit 1; }
 done
-"$python" sft.py
-"$python" grpo.py
+"$python" sft.py --eval_steps 50
+"$python" grpo.py --eval_steps 20
 "$python" benchmark/report.py runs/sft runs/grpo --png demo.png

@@ -7,8 +7,9 @@ python=${VENV:-.venv}/bin/python
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 sft=() grpo=()
 for seed in ${SEEDS:-0 1 2}; do
-  "$python" sft.py --seed "$seed" --output_dir "runs/toy_sft_seed$seed"
-  "$python" grpo.py --seed "$seed" --model_name_or_path "runs/toy_sft_seed$seed/final" --output_dir "runs/toy_grpo_seed$seed"
+  "$python" sft.py --seed "$seed" --eval_steps 50 --output_dir "runs/toy_sft_seed$seed"
+  "$python" grpo.py --seed "$seed" --eval_steps 20 --model_name_or_path "runs/toy_sft_seed$seed/final" \
+    --output_dir "runs/toy_grpo_seed$seed"
   sft+=("runs/toy_sft_seed$seed") grpo+=("runs/toy_grpo_seed$seed")
 done
 "$python" benchmark/report.py "${sft[@]}" "${grpo[@]}" --png runs/toy.png
