@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from common import models
 from common.data import Example, collate, pack
 from common.models import (
     MasterAdamW,
@@ -91,6 +92,24 @@ def test_packed_scores_equal_separate_ones(kind):
     expected = [slow_scores(model, examples[i], 0.7) for i in order]
     torch.testing.assert_close(scores.logprobs_N.double(), torch.cat([e[0] for e in expected]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scores.entropies_N.double(), torch.cat([e[1] for e in expected]), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bf16_rounding_does_not_cost_the_layout(kind):
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]), dtype=torch.bfloat16)
+    assert layout_of(prepare_model(model)) == "shared"
+
+
+def test_a_leak_between_documents_does(monkeypatch):
+    """Attention that forgets the boundary of a document, as stock attention with a cache does, is seen at load."""
+    monkeypatch.setattr(models, "segments", lambda batch, _: one_document(batch))
+    assert layout_of(build("llama")) == "single"
+
+
+def one_document(batch):
+    index = torch.arange(len(batch.input_ids_N))[None]
+    ages = index.T - index
+    return models.Segments(batch.cu_seqlens, batch.cu_seqlens, 0, 0, None, [(index, index, ages)], index[0])
 
 
 def families(seed=0) -> list[Example]:
