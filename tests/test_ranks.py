@@ -1,0 +1,40 @@
+"""Two processes log what one does: the same losses and gradient norms for the same global batch, and the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+# Odd numbers of prompts and of sequences, several micro-batches a step, and every term that is a mean over the step
+FLAGS = {
+    "sft": "--train_batch_size 37 --max_tokens_per_micro_batch 150 --logging_steps 1 --max_steps 5",
+    "grpo": "--model_name_or_path toy --generation_batch_size 36 --num_generations 4 --max_tokens_per_micro_batch 120 "
+    "--beta 0.02 --entropy_coef 0.01 --num_iterations 2 --top_entropy_quantile 0.7 --warmup_steps 0 --max_steps 4 "
+    "--reward_funcs common.toy:graded",
+}
+
+
+def run(script: str, folder: Path, *launcher: str) -> list[dict]:
+    command = [sys.executable, *launcher, f"{script}.py", "--output_dir", str(folder), "--max_eval_samples", "8"]
+    done = subprocess.run([*command, *FLAGS[script].split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.long  # two processes that wait for each other: seconds on two idle cores, minutes on busy ones
+@pytest.mark.parametrize("script", FLAGS)
+def test_two_ranks_log_what_one_does(script, tmp_path):
+    alone = run(script, tmp_path / "alone")
+    both = run(script, tmp_path / "both", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert len(alone) == len(both)
+    for one, two in zip(alone, both):
+        for name, value in one.items():
+            if value is not None:
+                assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name} of step {one['step']}"
+    weights, again = (load_file(tmp_path / name / "final/model.safetensors") for name in ("alone", "both"))
+    for name, tensor in weights.items():
+        assert (again[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
