@@ -8,10 +8,10 @@ For the G completions y_i of a prompt with rewards r_i, and rho_it = pi(y_it) / 
 
 The papers that followed each changed one of these terms, so each is a flag of its own, and they combine:
 
-    GRPO      2402.03300   (the flags' defaults but) --loss_aggregation sequence_mean --beta 0.04
+    GRPO      2402.03300   --loss_aggregation sequence_mean --beta 0.04 --kl_estimator k3
     Dr. GRPO  2503.20783   --scale_rewards none --loss_aggregation constant
-    DAPO      2503.14476   --loss_aggregation token_mean --epsilon_high 0.28 --dynamic_sampling
-                           --mask_truncated_completions (or --soft_overlong_cache 4096)
+    DAPO      2503.14476   --epsilon_high 0.28 --dynamic_sampling --soft_overlong_cache 4096
+                           (or --mask_truncated_completions)
     GSPO      2507.18071   --importance_sampling_level sequence --loss_aggregation sequence_mean
                            --epsilon 3e-4 --epsilon_high 4e-4
     CISPO     2506.13585   --surrogate cispo
@@ -23,9 +23,10 @@ Departures from the papers and from what is usual
   1. Weights are counted over the whole optimiser step, all ranks and micro-batches, before the first backward; so is
      every statistic, the entropy quantile included. The gradient does not depend on how the step is cut.
   2. Nothing is padded (common/data.py). A completion's mask comes from its length and finish reason, never from ids.
-  3. A group of equal rewards has no gradient: its sequences are not run (exact, for they still count in the weights).
+  3. Without KL or entropy bonus a group of equal rewards has no gradient, so its sequences are not run. This is exact,
+     for they still count in the weights; only `entropy` is then logged over the tokens that were (`tokens/run`).
   4. With one optimiser step per rollout, old log-probs are the current ones, detached; no second forward pass. The
-     sampler's are a third thing: the correction of 1.5.4 weighs each token by pi_old / pi_sampler, truncated.
+     sampler's are a third thing: --sampler_correction weighs the loss by pi_old / pi_sampler.
   5. The standard deviation is Bessel's (as in TRL), plus 1e-4.
   6. top_entropy_quantile takes entropies of the policy that made the rollout, not of the current one.
 
@@ -56,47 +57,17 @@ from accelerate.utils import gather_object
 from transformers import get_scheduler
 
 from common.data import (
-    Example,
-    Ledger,
-    MicroBatch,
-    Rows,
-    collate,
-    draw,
-    load_rows,
-    pack,
-    prepare_prompts,
-    require_columns,
+    Example, Ledger, MicroBatch, Rows, collate, draw, load_rows, pack, prepare_prompts, require_columns,
     segment_sum,
 )
 from common.engine import Sampling, agreement, build_engine, request_seed, stop_ids
 from common.models import (
-    add_lora,
-    base_model,
-    clip_gradients,
-    compute_dtype,
-    describe,
-    full_parameters,
-    layout_of,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    save_model,
-    score_tokens,
-    speed_up,
-    sum_over_ranks,
-    weight_sum,
-    without_adapter,
+    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
+    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
 )
 from common.rewards import load_reward, score
 from common.run import (
-    Run,
-    UserError,
-    launch,
-    random_state,
-    require_at_least,
-    restore_random_state,
-    set_seed,
-    show_batch,
+    Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
 )
 
 
@@ -926,7 +897,7 @@ def main(args: Args) -> None:
         if (position + 1) % steps_per_rollout == 0:
             engine.push_weights(full_parameters(model))
 
-        # 8.6 Log, evaluate, save
+        # 8.6 Log, save, evaluate
         last = step == args.max_steps
         if step % args.logging_steps == 0 or last:
             metrics = {
@@ -951,6 +922,9 @@ def main(args: Args) -> None:
             run.progress(step, args.max_steps, {
                 name: metrics[name] for name in ("reward", "frac_reward_zero_std", "entropy", "completions/mean_length")
             })
+        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+            save_model(model, tokenizer, run.final_folder)
+            run.print(f"saved {run.final_folder}")
         if eval_prompts and (last or (args.eval_steps and step % args.eval_steps == 0)):
             engine.push_weights(full_parameters(model))
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
@@ -963,11 +937,7 @@ def main(args: Args) -> None:
                 "cursor": cursor, "rollout": vars(rollout), "rollout_metrics": rollout_metrics,
             })
 
-    # ------------------------------------------------------------------------------------------------------- 9. save
     engine.close()
-    if ranks.is_main_process:
-        save_model(model, tokenizer, run.final_folder)
-    run.print(f"saved {run.final_folder}")
     run.close()
 
 

@@ -32,45 +32,17 @@ from accelerate import PartialState
 from transformers import get_scheduler
 
 from common.data import (
-    Example,
-    Ledger,
-    collate,
-    draw,
-    encode_completion,
-    encode_conversation,
-    encode_prompt,
-    encode_text,
-    load_rows,
-    pack,
-    prepare,
-    require_columns,
+    Example, Ledger, collate, draw, encode_completion, encode_conversation, encode_prompt, encode_text, load_rows,
+    pack, prepare, require_columns,
 )
 from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
-    add_lora,
-    clip_gradients,
-    compute_dtype,
-    describe,
-    layout_of,
-    load_policy,
-    load_tokenizer,
-    make_optimizer,
-    save_model,
-    score_tokens,
-    speed_up,
-    sum_over_ranks,
-    weight_sum,
+    add_lora, clip_gradients, compute_dtype, describe, layout_of, load_policy, load_tokenizer, make_optimizer,
+    save_model, score_tokens, speed_up, sum_over_ranks, weight_sum,
 )
 from common.rewards import load_reward, score
 from common.run import (
-    Run,
-    UserError,
-    launch,
-    random_state,
-    require_at_least,
-    restore_random_state,
-    set_seed,
-    show_batch,
+    Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
 )
 
 
@@ -244,7 +216,7 @@ def evaluate_sft(
         return {name: float(value) for name, value in metrics.items()}
     prompt_ids = [encode_prompt(prompt, tokenizer, row.get("tools")) for prompt, row in zip(prompts, rows)]
     engine = TransformersEngine(model)
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     for suffix, temperature in (("", 1.0), ("_greedy", 0.0)):
         sampling = Sampling(
             max_tokens=args.max_completion_length, temperature=temperature,
@@ -394,7 +366,7 @@ def main(args: Args) -> None:
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
 
-        # 6.5 Log, evaluate, save
+        # 6.5 Log, save, evaluate
         if logging:
             loss, entropy, correct = sum_over_ranks(sums).tolist()
             seconds = time.perf_counter() - clock
@@ -406,6 +378,9 @@ def main(args: Args) -> None:
             run.log(step, metrics, {"tokens_per_second": tokens_seen / seconds})
             run.progress(step, total_steps, {k: metrics[k] for k in ("loss", "mean_token_accuracy", "grad_norm")})
         last = step == total_steps
+        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+            save_model(model, tokenizer, run.final_folder)
+            run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
             metrics = evaluate_sft(model, tokenizer, eval_examples, eval_rows, rewards, run, args, step)
             run.log(step, metrics)
@@ -416,10 +391,6 @@ def main(args: Args) -> None:
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })
 
-    # ------------------------------------------------------------------------------------------------------- 7. save
-    if ranks.is_main_process:
-        save_model(model, tokenizer, run.final_folder)
-    run.print(f"saved {run.final_folder}")
     run.close()
 
 

@@ -4,10 +4,11 @@ Three ideas carry this file.
 
 **Packed attention.** A micro-batch is one row of N tokens, B sequences end to end (`common/data.py`). We register one
 attention implementation under the name "packed". On CUDA it is torch's own `varlen_attn` (flash attention over
-cu_seqlens); elsewhere, and in fp32, it gathers sequences of similar length into small rectangles and runs `sdpa` on
-each, so that no sequence sees another and no N x N mask is ever built. Right padding inside a rectangle is harmless:
-causal attention never looks right. A model that cannot be packed (state-space layers, soft-capped attention, anything
-whose packed hidden states differ from its separate ones, which is measured once at load) runs one sequence per row.
+cu_seqlens); elsewhere, and in fp32, it gathers sequences of similar length into small rectangles and attends in each,
+so that no sequence sees another and no N x N mask is ever built. Right padding inside a rectangle is harmless: causal
+attention never looks right. Sequences with one prompt may share it: the prompt stands in the row once, and the rest of
+each attends to it and to itself. A model that cannot do this (state-space layers, soft-capped attention, anything whose
+packed hidden states differ from its separate ones, which is measured at load) runs one sequence per row.
 
 **Token log-probs without logits.** `score_tokens` projects only positions that carry loss, in chunks, and recomputes
 the chunk's logits in the backward pass: log-softmax in fp32, temperature before it, never an [N, V] tensor.

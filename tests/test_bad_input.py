@@ -16,7 +16,7 @@ import torch
 
 import grpo
 import sft
-from common.run import launch
+from common.run import UserError, launch
 
 ROOT = Path(grpo.__file__).parent
 SCRIPTS = {"sft": sft, "grpo": grpo}
@@ -193,3 +193,11 @@ def test_as_a_program(command, files):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 or "Unrecognized options: --s" in done.stderr
+
+
+def test_a_failing_last_evaluation_does_not_cost_the_model(tmp_path):
+    """Completions longer than the model's positions are seen only when the evaluation generates: after the training."""
+    args = sft.Args(output_dir=str(tmp_path), max_steps=2, train_batch_size=8, max_completion_length=64)
+    with pytest.raises(UserError, match="--max_completion_length"):
+        sft.main(args)
+    assert (tmp_path / "final/model.safetensors").exists()
