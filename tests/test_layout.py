@@ -77,7 +77,7 @@ def compare_cuts(script, monkeypatch, folder, cuts, disturb=None, **flags):
         for number, (step, expected) in enumerate(zip(steps, whole, strict=True), start=1):
             assert difference(step.gradient, expected.gradient) < 1e-5, f"{name}, step {number}"
             for key, value in expected.metrics.items():
-                # Before the first update a KL is rounding noise, and so is the sign of an advantage made of nothing else
+                # Before the first update a KL is rounding noise, and so is the sign of an advantage made only of it
                 if flags.get("kl_in") == "reward" and key.startswith("clip_ratio/"):
                     continue
                 assert step.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{key}, {name}, step {number}"
