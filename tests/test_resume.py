@@ -1,20 +1,24 @@
 """Killed at any moment and resumed, a run ends with the bytes of one that nobody touched (promise 4 of the design).
 
-Runs are processes of their own, so that SIGKILL takes them as it would on a cluster. They come from a fork server that
-has imported torch already: a run then costs a second and not five.
+Runs are processes of their own, so that SIGKILL takes them as it would on a cluster. Each starts from nothing: forked
+ones would start sooner, and may inherit a lock that nobody holds any more. One that hangs says where.
 """
 
+import faulthandler
 import importlib
-import multiprocessing
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 300  # seconds; a run takes three to ten
 FLAGS = {
     "sft": "--dataset_split train[:400] --train_batch_size 32 --max_steps 12 --logging_steps 1 --save_steps 1 "
            "--eval_steps 6 --max_eval_samples 16",
@@ -36,6 +40,7 @@ LONG += [("grpo", n) for n in range(1, 11)] + [("sft", n) for n in range(10)]
 
 def train(script: str, flags: list[str], moment: str | None) -> None:
     """What a child process does: the script, but for a call that never comes back."""
+    faulthandler.dump_traceback_later(PATIENCE - 20, exit=True)
     module = importlib.import_module(script)
     if moment is not None:
         place, last_call = VICTIMS[moment]
@@ -55,24 +60,16 @@ def train(script: str, flags: list[str], moment: str | None) -> None:
     importlib.import_module("common.run").launch(module.main, module.Args, flags)
 
 
-@pytest.fixture(scope="module")
-def start():
-    """start(script, flags, moment=None) -> a running process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sft", "grpo"])
-
-        def start(script: str, flags: list[str], moment: str | None = None):
-            process = context.Process(target=train, args=(script, flags, moment))
-            process.start()
-            return process
-
-        yield start
+def start(script: str, flags: list[str], moment: str | None = None) -> subprocess.Popen:
+    """A running process."""
+    code = "import json, sys, test_resume; test_resume.train(*json.loads(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code, json.dumps([script, flags, moment])]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
-def untouched(start, tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
+def untouched(tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
     """script -> its flags and its folder when nobody kills it. GRPO starts from what SFT left."""
     folder, runs = tmp_path_factory.mktemp("untouched"), {}
     for script in ("sft", "grpo"):
@@ -80,8 +77,7 @@ def untouched(start, tmp_path_factory) -> dict[str, tuple[list[str], Path]]:
         if script == "grpo":
             flags += ["--model_name_or_path", str(folder / "sft" / "final")]
         process = start(script, [*flags, "--output_dir", str(folder / script)])
-        process.join()
-        assert process.exitcode == 0
+        assert process.wait(PATIENCE) == 0
         runs[script] = (flags, folder / script)
     return runs
 
@@ -98,7 +94,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "script, moment", [*EVERY_RUN, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 )
-def test_killed_and_resumed_is_the_same_run(script, moment, start, untouched, tmp_path):
+def test_killed_and_resumed_is_the_same_run(script, moment, untouched, tmp_path):
     flags, reference = untouched[script]
     flags = [*flags, "--output_dir", str(tmp_path)]
     if isinstance(moment, str):
@@ -106,33 +102,29 @@ def test_killed_and_resumed_is_the_same_run(script, moment, start, untouched, tm
     else:
         process, chance = start(script, flags), random.Random(f"{script} {moment}")
         lines = chance.randrange(10)  # after so many and a little: a busy machine must not make it after the end
-        while process.is_alive() and lines_of(tmp_path / "metrics.jsonl") < lines:
+        while process.poll() is None and lines_of(tmp_path / "metrics.jsonl") < lines:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.05))
         process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    process = start(script, [*flags, "--resume"])
-    process.join()
-    assert process.exitcode == 0
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+    assert start(script, [*flags, "--resume"]).wait(PATIENCE) == 0
     assert_same_bytes(tmp_path, reference)
 
 
-def test_a_torn_checkpoint_is_passed_over(start, untouched, tmp_path):
+def test_a_torn_checkpoint_is_passed_over(untouched, tmp_path):
     flags, reference = untouched["grpo"]
     flags = [*flags, "--output_dir", str(tmp_path)]
-    start("grpo", flags, "checkpoint").join()
+    start("grpo", flags, "checkpoint").wait(PATIENCE)
     newest = max((tmp_path / "checkpoints").glob("step-*"))
     os.truncate(newest / "state.pt", (newest / "state.pt").stat().st_size // 2)
-    process = start("grpo", [*flags, "--resume"])
-    process.join()
-    assert process.exitcode == 0 and list((tmp_path / "checkpoints").glob(f"torn-*-{newest.name}"))
+    assert start("grpo", [*flags, "--resume"]).wait(PATIENCE) == 0
+    assert list((tmp_path / "checkpoints").glob(f"torn-*-{newest.name}"))
     assert_same_bytes(tmp_path, reference)
 
 
-def test_the_comparison_can_fail(start, untouched, tmp_path):
+def test_the_comparison_can_fail(untouched, tmp_path):
     """Another seed gives other bytes: the equalities above are not those of a model that never moved."""
     flags, reference = untouched["grpo"]
-    start("grpo", [*flags, "--seed", "1", "--output_dir", str(tmp_path)]).join()
+    start("grpo", [*flags, "--seed", "1", "--output_dir", str(tmp_path)]).wait(PATIENCE)
     with pytest.raises(AssertionError, match="model.safetensors"):
         assert_same_bytes(tmp_path, reference)
