@@ -3,6 +3,7 @@
     python benchmark/report.py runs/sft runs/grpo --png demo.png
     python benchmark/report.py runs/grpo_seed* --markdown                            the table, for README.md
     python benchmark/report.py runs/grpo_seed* --collect benchmark/results/grpo_toy  what is small enough to commit
+    python benchmark/report.py runs/dpo_seed* runs/kto_seed* --compare eval/exact_match logps/chosen --png both.png
 
 Runs that differ in nothing but their seed are one experiment: tabulated as mean ± standard deviation, drawn as their
 mean in a band from the lowest to the highest. A single run comes with the 95 % intervals that its evaluation logged.
@@ -192,6 +193,29 @@ def written(sample: dict | None) -> str:
     return sample["completion"].strip(" ").replace("\n", "⏎") + f"\n{scores}" * bool(scores)
 
 
+def name_of(experiment: list[Run]) -> str:
+    """runs/toy_dpo_seed1: toy_dpo."""
+    return re.sub(r"_?seed\d+$", "", experiment[0].folder.name)
+
+
+def comparison(experiments: list[list[Run]], names: list[str]) -> str:
+    """Markdown: a row for each experiment, what it logged last under each name; above, where the first one started."""
+    rows = []
+    for label, place, some in [("before", 0, experiments[:1]), *(("", -1, [one]) for one in experiments)]:
+        for experiment in some:
+            cells = []
+            for name in names:
+                steps, values = curves(experiment, name)
+                if not len(steps) or (place == 0 and steps[0] > 0):
+                    cells.append("–")
+                    continue
+                width = spread(experiment, name)[place]
+                cells.append(f"{values.mean(0)[place]:.3f}" + (f" ± {width:.3f}" if np.isfinite(width) else ""))
+            rows.append([label or name_of(experiment), *cells])
+    lines = [["", *(name.removeprefix("eval/") for name in names)], ["---"] * (len(names) + 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def markdown(experiments: list[list[Run]]) -> str:
     lines = []
     for experiment in experiments:
@@ -269,6 +293,30 @@ def draw(experiments: list[list[Run]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_comparison(experiments: list[list[Run]], names: list[str], path: Path) -> None:
+    """A panel for each name, a colour for each experiment; what was logged at every step is smoothed."""
+    plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
+    rows, columns = -(-len(names) // 3), min(3, len(names))
+    figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    palette = [TRAINING, *(colour for colour, _ in SERIES), "#000000", "#999999"]
+    for axes, name in zip(grid.flat, names):
+        for number, experiment in enumerate(experiments):
+            steps, values = curves(experiment, name)
+            if len(steps):
+                lines = values if name.startswith("eval/") else np.array([smoothed(value) for value in values])
+                colour = palette[number % len(palette)]
+                axes.fill_between(steps, lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)
+                axes.plot(steps, lines.mean(0), color=colour, linewidth=1.5, label=name_of(experiment))
+        axes.set(title=name, xlabel="optimiser step")
+        axes.grid(color="0.9", linewidth=0.6)
+    for axes in grid.flat[len(names) :]:
+        axes.remove()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def collect(runs: list[Run], curve: Path, target: Path) -> None:
     """Copies what is small to target/<name of the run>/ and the curves beside; refuses what should not be published."""
     root = str(Path(__file__).resolve().parents[1]).encode()
@@ -292,11 +340,15 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that a script wrote")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the learning curves")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown and nothing else")
+    parser.add_argument("--compare", nargs="+", metavar="METRIC", help="a Markdown table of these, experiments side by "
+                        "side, and with --png a panel for each")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="copy the small result files and the curves to DIR")
     flags = parser.parse_args()
     runs = [read_run(folder) for folder in flags.runs]
     experiments = experiments_of(runs)
-    if flags.markdown:
+    if flags.compare:
+        print(comparison(experiments, flags.compare))
+    elif flags.markdown:
         print(markdown(experiments))
     else:
         console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -304,7 +356,9 @@ def main() -> None:
             print_table(console, experiment)
             print_samples(console, experiment[0])
     curve = flags.png or (flags.collect and flags.collect / "curve.png")
-    if curve:
+    if curve and flags.compare:
+        draw_comparison(experiments, flags.compare, curve)
+    elif curve:
         draw(experiments, curve)
     if flags.collect:
         collect(runs, curve, flags.collect)

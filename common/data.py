@@ -36,7 +36,7 @@ import zlib
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import heapreplace
 from pathlib import Path
@@ -57,7 +57,11 @@ KINDS = ("jsonl", "json", "parquet", "csv")  # in the order in which a folder is
 
 
 class EmptyRow(UserError):
-    """A row with nothing in it to train; the one mistake that `prepare` may be told to pass over."""
+    """A row with nothing in it to train or to compare; the one mistake that `prepare` may be told to pass over."""
+
+    def __init__(self, sentence: str, reason: str = "empty"):
+        super().__init__(sentence)
+        self.reason = reason  # as the ledger counts it
 
 
 # ---------------------------------------------------------------- rows
@@ -87,7 +91,7 @@ class Rows(Sequence):
 
 
 def load_rows(dataset_name: str, split: str = "train") -> Rows:
-    """Load a file, a folder, `toy:sort`, `reasoning_gym:<task>[:<size>]`, or "owner/name[:config]" from the hub.
+    """Load a file, a folder, `toy:sort[_pairs]`, `reasoning_gym:<task>[:<size>]`, or "owner/name[:config]" of the hub.
 
     `split` may carry a slice: "train[:200]". Only a hub name touches the network.
     """
@@ -127,11 +131,12 @@ def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ..
 
 
 def _load_toy(name: str, split: str) -> Rows:
-    from common.toy import toy_rows
+    from common.toy import toy_pairs, toy_rows
 
-    if name != "toy:sort":
-        raise UserError(f"there is no toy data set {name}; there is toy:sort")
-    data = toy_rows(split)
+    makers = {"toy:sort": toy_rows, "toy:sort_pairs": toy_pairs}
+    if name not in makers:
+        raise UserError(f"there is no toy data set {name}; there are {' and '.join(makers)}")
+    data = makers[name](split)
     return Rows(name, data, list(data[0]))
 
 
@@ -347,6 +352,55 @@ def encode_completion(
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
+def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
+    """(prompt, chosen, rejected) of a preference row, as text or as messages, the replies without the prompt.
+
+    Without a column `prompt` it is what the two have in common: whole messages, or a text up to the space before the
+    word in which they part. UserError where they have nothing in common, or do not begin with the prompt given.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
+        raise UserError(f"chosen and rejected are both texts or both lists of messages, and these are {kinds}")
+    if chosen == rejected:
+        raise EmptyRow("chosen and rejected are equal, so that nothing can be preferred", "equal")
+    parted = next((i for i, (one, other) in enumerate(zip(chosen, rejected)) if one != other), None)
+    common = chosen[: min(len(chosen), len(rejected)) if parted is None else parted]
+    if isinstance(chosen, str):
+        if prompt is None:
+            prompt = common[: re.search(r"\s*\S*$", common).start()]
+            if not prompt:
+                raise UserError("chosen and rejected do not begin alike, so there is no prompt; give a column prompt")
+            return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        if not isinstance(prompt, str):
+            raise UserError("chosen and rejected are texts, and the prompt is not")
+        return prompt, chosen, rejected
+    if isinstance(prompt, list) and (len(chosen), len(rejected)) == (1, 1):
+        return prompt, chosen, rejected
+    # The replies come with the conversation before them; a prompt that is text repeats the last question
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    if not common:
+        raise UserError("chosen and rejected have no message in common, so there is no prompt; give a column prompt")
+    if asked and common[-len(asked) :] != asked:
+        raise UserError("chosen and rejected are whole conversations, and what they have in common is not the prompt")
+    return common, chosen[len(common) :], rejected[len(common) :]
+
+
+def encode_pair(row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+    """Ids of the prompt of a preference row, and of its two replies, chosen and rejected."""
+    prompt, *replies = split_pair(row)
+    options = {"tools": row.get("tools"), "chat_template_kwargs": row.get("chat_template_kwargs")}
+    completions = []
+    for side, reply in zip(("chosen", "rejected"), replies):
+        try:
+            completions.append(encode_completion(prompt, reply, tokenizer, **options))
+        except EmptyRow:
+            raise EmptyRow(f"the {side} reply is empty") from None
+    if completions[0] == completions[1]:
+        raise EmptyRow("chosen and rejected are the same tokens, so that nothing can be preferred", "equal")
+    return encode_prompt(prompt, tokenizer, **options), completions
+
+
 def encode_conversation(
     messages: Chat,
     tokenizer: Tokenizer,
@@ -525,14 +579,14 @@ def prepare(
     A row that trains nothing is a mistake, unless its messages say train: false; then it is dropped and counted.
     """
 
-    def encode_something(row: dict) -> tuple[list[int], list[bool]]:
+    def encode_something(row: dict) -> list[Example]:
         ids, loss_mask = encode(row)
         if not any(loss_mask[1:]) and not any(message.get("train") is False for message in row.get("messages") or []):
             raise EmptyRow("no token of this row would be trained")
-        return ids, loss_mask
+        return [Example(ids, loss_mask, row=-1)]
 
     examples = []
-    for whole in _encode_rows(rows, encode_something, max_length, "max_length", on_overlong, on_empty, ledger):
+    for [whole] in _encode_rows(rows, encode_something, max_length, "max_length", on_overlong, on_empty, ledger):
         kept = Example(whole.input_ids[:max_length], whole.loss_mask[:max_length], whole.row)
         cut = len(whole.input_ids) - len(kept.input_ids)
         if trained := int(kept.loss_mask.sum()):
@@ -542,6 +596,43 @@ def prepare(
             ledger.drop("nothing left to train when truncated" if cut else "train: false", len(whole.input_ids))
     ledger.check()
     return examples
+
+
+def prepare_completions(
+    rows: Rows,
+    encode: Callable[[dict], tuple[list[int], list[list[int]]]],
+    max_length: int | None,
+    on_overlong: Literal["error", "drop", "truncate"],
+    ledger: Ledger,
+    on_empty: Literal["error", "drop"] = "error",
+) -> list[list[Example]]:
+    """For each row the completions of its prompt, trained, ready to share it: `encode`: row -> (prompt, completions).
+
+    What belongs to one row stays together: if one completion is too long the row is. A row is dropped, and counted,
+    when truncation leaves a completion nothing, or makes two of them equal.
+    """
+
+    def encode_all(row: dict) -> list[Example]:
+        prompt, completions = encode(row)
+        return [
+            Example(prompt + ids, [False] * len(prompt) + [True] * len(ids), row=-1, prompt_length=len(prompt))
+            for ids in completions
+        ]
+
+    kept = []
+    for whole in _encode_rows(rows, encode_all, max_length, "max_length", on_overlong, on_empty, ledger):
+        group = [replace(e, input_ids=e.input_ids[:max_length], loss_mask=e.loss_mask[:max_length]) for e in whole]
+        tokens, left = sum(len(e.input_ids) for e in whole), sum(len(e.input_ids) for e in group)
+        if not all(e.loss_mask.any() for e in group):
+            ledger.drop("nothing left to train when truncated", tokens)
+        elif len({e.input_ids.tobytes() for e in group}) < len(group):
+            ledger.drop("equal when truncated", tokens)
+        else:
+            trained = sum(int(e.loss_mask.sum()) for e in group)
+            ledger.keep(trained, left - trained, tokens - left)
+            kept.append(group)
+    ledger.check()
+    return kept
 
 
 def prepare_prompts(
@@ -554,22 +645,23 @@ def prepare_prompts(
 ) -> list[tuple[int, list[int]]]:
     """(row, ids) of every prompt. None is ever cut: half a question has no answer."""
 
-    def encode(row: dict) -> tuple[list[int], list[bool]]:
+    def encode(row: dict) -> list[Example]:
         ids = encode_prompt(row["prompt"], tokenizer, row.get("tools"), chat_template_kwargs)
-        return ids, [False] * len(ids)
+        return [Example(ids, [False] * len(ids), row=-1)]
 
     prompts = _encode_rows(rows, encode, max_prompt_length, "max_prompt_length", on_overlong, "error", ledger)
-    for prompt in prompts:
+    for [prompt] in prompts:
         ledger.keep(trained=0, masked=len(prompt.input_ids))
     ledger.check()
-    return [(prompt.row, prompt.input_ids.tolist()) for prompt in prompts]
+    return [(prompt.row, prompt.input_ids.tolist()) for [prompt] in prompts]
 
 
 def _encode_rows(
-    rows: Rows, encode: Callable, limit: int | None, flag: str, on_overlong: str, on_empty: str, ledger: Ledger
-) -> list[Example]:
-    """All rows encoded and entered as read. Overlong ones raise or are dropped here, or passed on to be truncated."""
-    examples, overlong = [], []
+    rows: Rows, encode: Callable[[dict], list[Example]], limit: int | None, flag: str, on_overlong: str, on_empty: str,
+    ledger: Ledger,
+) -> list[list[Example]]:
+    """The sequences of all rows, entered as read. Overlong rows raise or are dropped here, or go on to be truncated."""
+    groups, overlong = [], []
     bar = Progress(transient=True, disable=os.environ.get("RANK", "0") != "0")
     task, begin = bar.add_task("tokenising", total=len(rows)), time.monotonic()
     try:
@@ -579,19 +671,19 @@ def _encode_rows(
                 if bar.console.is_terminal and not bar.live.is_started and time.monotonic() - begin > 2:
                     bar.start()
             try:
-                example = Example(*encode(rows[i]), row=i)
+                group = [replace(example, row=i) for example in encode(rows[i])]
             except EmptyRow as error:
                 if on_empty == "error":
                     raise UserError(f"{error}; mend the row, or choose --on_empty drop") from error
                 ledger.read(0)  # it was never tokenised
-                ledger.drop("empty", 0)
+                ledger.drop(error.reason, 0)
                 continue
-            length = len(example.input_ids)
-            ledger.read(length)
+            length, tokens = max(len(e.input_ids) for e in group), sum(len(e.input_ids) for e in group)
+            ledger.read(tokens)
             if limit is None or length <= limit or on_overlong == "truncate":
-                examples.append(example)
+                groups.append(group)
             elif on_overlong == "drop":
-                ledger.drop("overlong", length)
+                ledger.drop("overlong", tokens)
             else:
                 overlong.append((length, i))
     except UserError as error:
@@ -611,7 +703,7 @@ def _encode_rows(
             f"{rows.where(i)}: {length} tokens, over --{flag} {limit} (as in {len(overlong)} of {len(rows)} rows). "
             f"--{flag} {max(overlong)[0]} would do for all; or choose --on_overlong {ways}"
         )
-    return examples
+    return groups
 
 
 # ---------------------------------------------------------------- examples -> micro-batches
@@ -690,21 +782,30 @@ def _spread(order: list[int], lengths: Sequence[int], count: int) -> list[list[i
 Layout = Literal["single", "packed", "shared"]  # one sequence a row; many; many, and equal prompts computed once
 
 
-def pack(examples: Sequence[Example], max_tokens: int, ranks: int, layout: Layout) -> list[list[list[int]]]:
-    """`plan` for examples: under "shared", those with the same prompt stay together and pay for it once."""
+def pack(
+    examples: Sequence[Example], max_tokens: int, ranks: int, layout: Layout, together: int = 1
+) -> list[list[list[int]]]:
+    """`plan` for examples: under "shared", those with the same prompt go together and pay for it once.
+
+    Each `together` examples in a row (2: a pair, of one prompt) are never parted, even where that is over `max_tokens`
+    and under "single", where what comes back is to be run one by one.
+    """
     units: list[list[int]] = []
     costs: list[int] = []
-    family_of: dict[bytes, int] = {}  # prompt -> the unit that still has room for one more of it
-    for i, example in enumerate(examples):
-        prompt = example.input_ids[: example.prompt_length].tobytes() if layout == "shared" else b""
-        unit, rest = family_of.get(prompt), len(example.input_ids) - example.prompt_length
-        if prompt and unit is not None and costs[unit] + rest <= max_tokens:
-            units[unit].append(i)
-            costs[unit] += rest
+    family_of: dict[bytes, int] = {}  # prompt -> the unit that still has room for more of it
+    for first in range(0, len(examples), together):
+        members, length = list(range(first, first + together)), examples[first].prompt_length
+        prompt = examples[first].input_ids[:length].tobytes() if layout == "shared" else b""
+        unit, cost = family_of.get(prompt), sum(len(examples[i].input_ids) for i in members)
+        if prompt:
+            cost -= together * length
+        if prompt and unit is not None and costs[unit] + cost <= max_tokens:
+            units[unit] += members
+            costs[unit] += cost
         else:
             family_of[prompt] = len(units)
-            units.append([i])
-            costs.append(len(example.input_ids))
+            units.append(members)
+            costs.append(cost + length if prompt else cost)
     planned = plan(costs, max_tokens, ranks, one_per_row=layout == "single")
     return [[[i for unit in micro for i in units[unit]] for micro in share] for share in planned]
 

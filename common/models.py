@@ -22,6 +22,7 @@ Dimension key: N tokens of a micro-batch, K positions with loss, B sequences, T 
 H attention heads, D head size, E hidden size.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from common import toy
@@ -214,6 +218,39 @@ def load_policy(
     return prepare_model(model)
 
 
+def load_scorer(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
+    """A reward model, of the class AutoModelForSequenceClassification: the body of a causal model and a scalar head.
+
+    The head is fp32, without bias, drawn from N(0, 1 / (d + 1)) by the global generator (seed first).
+
+    Raises:
+        UserError: nothing loadable there, or a model that transformers has no such class for.
+    """
+    policy = load_policy(name, dtype, device, trust_remote_code)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(f"--model_name_or_path {name} cannot become a reward model: {_first(error)}")
+    if not is_scorer(model):
+        raise UserError(f"--model_name_or_path {name} cannot become a reward model: it is no causal model with a score")
+    setattr(model, model.base_model_prefix, policy.base_model)
+    width = model.score.in_features
+    model.score = torch.nn.Linear(width, 1, bias=False, device=device)
+    torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
+    model.layout = policy.layout
+    if model.layout != "single":
+        model.set_attn_implementation("packed")
+    return model.eval()
+
+
+def is_scorer(model) -> bool:
+    """Whether this is a sequence classifier on top of a causal body, and no language model."""
+    return hasattr(base_model(model), "score")
+
+
 @torch.no_grad()
 def cast(model, dtype: torch.dtype) -> None:
     """Weights to `dtype`. One that loses bits by it keeps its exact value as `.exact`, for `MasterAdamW` to start from.
@@ -307,6 +344,8 @@ def base_model(model):
 def add_lora(model, r: int, alpha: int, target_modules: list[str], use_rslora: bool, use_dora: bool):
     """Wrap the model in a fresh LoRA adapter in fp32; no `target_modules`: every linear layer but the output head.
 
+    The head of a scorer is trained whole, and saved with the adapter.
+
     Raises:
         UserError: a target that the model does not have, or the output head (its adapter would be ignored here).
     """
@@ -316,7 +355,8 @@ def add_lora(model, r: int, alpha: int, target_modules: list[str], use_rslora: b
         raise UserError("--lora_target_modules names the output head: its adapter is not supported, leave the head out")
     config = LoraConfig(
         r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", use_rslora=use_rslora,
-        use_dora=use_dora, task_type="CAUSAL_LM",
+        use_dora=use_dora, **({"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if is_scorer(model) else
+                              {"task_type": "CAUSAL_LM"}),
     )
     for parameter in model.parameters():
         vars(parameter).pop("exact", None)  # frozen from here on
@@ -365,6 +405,7 @@ class TokenScores(NamedTuple):
     logprobs_N: torch.Tensor  # log p(token | tokens before it), differentiable
     entropies_N: torch.Tensor  # entropy of the distribution it was drawn from, nats, differentiable
     correct_N: torch.Tensor  # 1 where the token is the likeliest one
+    collisions_N: torch.Tensor  # log sum_v p_v^2: how likely two draws from that distribution agree; no gradient
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -378,7 +419,7 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_KE, weight_VE, bias_V, target_K, temperature, softcap, chunk, statistics):
         logprob_K = hidden_KE.new_empty(len(target_K), dtype=torch.float32)
-        lse_K, entropy_K, correct_K = (torch.zeros_like(logprob_K) for _ in range(3))
+        lse_K, entropy_K, correct_K, collision_K = (torch.zeros_like(logprob_K) for _ in range(4))
         for start in range(0, len(target_K), chunk):
             rows = slice(start, start + chunk)
             z, _ = _logits(hidden_KE[rows], weight_VE, bias_V, temperature, softcap)
@@ -386,15 +427,17 @@ class _ScoreTokens(torch.autograd.Function):
             logprob_K[rows] = z.gather(-1, target_K[rows, None])[:, 0] - lse_K[rows]
             if statistics:
                 correct_K[rows] = (z.argmax(-1) == target_K[rows]).float()
-                entropy_K[rows] = lse_K[rows] - ((z - lse_K[rows, None]).exp_() * z).sum(-1)
+                p = (z - lse_K[rows, None]).exp_()
+                entropy_K[rows] = lse_K[rows] - z.mul_(p).sum(-1)
+                collision_K[rows] = p.square_().sum(-1).log_()
         ctx.save_for_backward(hidden_KE, weight_VE, bias_V, target_K, lse_K, entropy_K)
         ctx.settings = temperature, softcap, chunk
-        ctx.mark_non_differentiable(correct_K)
+        ctx.mark_non_differentiable(correct_K, collision_K)
         ctx.set_materialize_grads(False)
-        return logprob_K, entropy_K, correct_K
+        return logprob_K, entropy_K, correct_K, collision_K
 
     @staticmethod
-    def backward(ctx, grad_logprob_K, grad_entropy_K, _):
+    def backward(ctx, grad_logprob_K, grad_entropy_K, *_):
         hidden_KE, weight_VE, bias_V, target_K, lse_K, entropy_K = ctx.saved_tensors
         temperature, softcap, chunk = ctx.settings
         grad_logprob_K = torch.zeros_like(lse_K) if grad_logprob_K is None else grad_logprob_K
@@ -439,9 +482,9 @@ def _logits(hidden_KE, weight_VE, bias_V, temperature: float, softcap: float | N
 
 
 def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False) -> TokenScores:
-    """Score every token that carries loss: log-probability and, if `statistics`, entropy and top-1 hit (else zeros).
+    """Score every token that carries loss: log-probability and, if `statistics`, the rest of TokenScores (else zeros).
 
-    `temperature` divides the logits, as the sampler's did. Statistics cost one more pass over the logits.
+    `temperature` divides the logits, as the sampler's did. Statistics cost some passes over the logits.
     """
     hidden_NE = hidden_states(model, batch)
     core = base_model(model)
@@ -457,6 +500,12 @@ def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics:
     )
     zeros_N = torch.zeros(len(hidden_NE), device=hidden_NE.device)
     return TokenScores(*(zeros_N.index_put((position_K,), score_K) for score_K in scores))
+
+
+def score_ends(model, batch: MicroBatch) -> torch.Tensor:
+    """The scorer's output [B], fp32, at the last token of each sequence, found by length."""
+    last_B = batch.cu_seqlens[1:].long() - 1
+    return base_model(model).score(hidden_states(model, batch)[last_B].float())[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ optimiser

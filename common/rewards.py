@@ -72,7 +72,8 @@ def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | No
             f"there is no function {spec} to use as a reward; {hint} one of the script's functions, module:function, "
             "file.py:function, reasoning_gym, math_verify, or a reward model's folder"
         )
-    return RewardFunction(Path(spec).name, load_reward_model(spec, torch.device(device)))
+    name = Path(spec).parent.name if Path(spec).name == "final" else Path(spec).name  # runs/reward/final: reward
+    return RewardFunction(name, load_reward_model(spec, torch.device(device)))
 
 
 def _import_function(spec: str) -> Callable:

@@ -69,23 +69,32 @@ def toy_rows(split: str = "train", size: int | None = None, seed: int = 0) -> li
     return rows
 
 
-def toy_pairs(
-    prompts: list[str], firsts: list[str], seconds: list[str], temperature: float = 0.1, seed: int = 0
-) -> list[dict]:
-    """Preference rows {"prompt", "chosen", "rejected"} from two completions for each prompt, equal ones dropped.
+def toy_pairs(split: str = "train", size: int | None = None, seed: int = 0) -> list[dict]:
+    """Preference rows {"prompt": "4719=", "chosen": "1479", "rejected": "9741", "answer": "1479"}.
 
-    The first is chosen with the Bradley-Terry probability sigmoid((graded_1 - graded_2) / temperature): close calls are
-    noisy, as people are.
+    Two different answers of the demonstrator, of which `prefers_first` chooses. "train": `size` pairs (default 4096);
+    "test": the first `size` of the 512 fixed prompts of `toy_rows`, so that scripts evaluate on the same.
     """
-    generator, rows = random.Random(f"toy:sort pairs {seed}"), []
-    for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
-        if first == second:
-            continue
-        score_1, score_2 = graded([prompt] * 2, [first, second], [gold(prompt)] * 2)
-        first_wins = generator.random() < 1 / (1 + math.exp((score_2 - score_1) / temperature))
-        chosen, rejected = (first, second) if first_wins else (second, first)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    generator, rows = random.Random(f"toy:sort pairs {split} {0 if split == 'test' else seed}"), []
+    for prompt in (row["prompt"] for row in toy_rows(split, 4096 if (split, size) == ("train", None) else size, seed)):
+        first = second = demonstration(prompt, generator)
+        while first == second:
+            second = demonstration(prompt, generator)
+        if not prefers_first(prompt, first, second, generator):
+            first, second = second, first
+        rows.append({"prompt": prompt, "chosen": first, "rejected": second, "answer": gold(prompt)})
     return rows
+
+
+def prefers_first(
+    prompt: str, first: str, second: str, generator: random.Random, temperature: float = 0.1
+) -> bool:
+    """A judge with the Bradley-Terry probability sigmoid((graded_1 - graded_2) / temperature).
+
+    Close calls are noisy, as people are.
+    """
+    score_1, score_2 = graded([prompt] * 2, [first, second], [gold(prompt)] * 2)
+    return generator.random() < 1 / (1 + math.exp((score_2 - score_1) / temperature))
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:

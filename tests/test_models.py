@@ -1,12 +1,16 @@
 """Packed attention, token scores and weights out: held to stock transformers, one sequence at a time, in fp32."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -24,12 +28,15 @@ from common.models import (
     add_lora,
     clip_gradients,
     full_parameters,
+    is_scorer,
     layout_of,
     load_policy,
+    load_scorer,
     load_tokenizer,
     make_optimizer,
     prepare_model,
     save_model,
+    score_ends,
     score_tokens,
     without_adapter,
 )
@@ -75,11 +82,13 @@ def slow_scores(model, example: Example, temperature: float):
     model.set_attn_implementation(stock)
     logprobs = torch.zeros(len(ids), dtype=torch.float64)
     entropies = torch.zeros(len(ids), dtype=torch.float64)
+    collisions = torch.zeros(len(ids), dtype=torch.float64)
     for t in range(1, len(ids)):
         if example.loss_mask[t]:
             log_p = logits[t - 1].log_softmax(-1)
             logprobs[t], entropies[t] = log_p[ids[t]], -(log_p.exp() * log_p).sum()
-    return logprobs, entropies
+            collisions[t] = (log_p.exp() ** 2).sum().log()
+    return logprobs, entropies, collisions
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -92,6 +101,7 @@ def test_packed_scores_equal_separate_ones(kind):
     expected = [slow_scores(model, examples[i], 0.7) for i in order]
     torch.testing.assert_close(scores.logprobs_N.double(), torch.cat([e[0] for e in expected]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scores.entropies_N.double(), torch.cat([e[1] for e in expected]), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.collisions_N.double(), torch.cat([e[2] for e in expected]), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -168,9 +178,10 @@ def test_soft_capped_attention_is_not_packed():
     with pytest.raises(AssertionError):
         score_tokens(model, collate(examples, [0, 1], torch.device("cpu")))
     scores = score_tokens(model, collate(examples, [2], torch.device("cpu")), temperature=0.7, statistics=True)
-    logprobs, entropies = slow_scores(model, examples[2], 0.7)
+    logprobs, entropies, collisions = slow_scores(model, examples[2], 0.7)
     torch.testing.assert_close(scores.logprobs_N.double(), logprobs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scores.entropies_N.double(), entropies, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.collisions_N.double(), collisions, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -194,10 +205,20 @@ def test_gradients_of_scores_equal_autograd(chunk, softcap):
     expected = torch.autograd.grad(plain, (hidden, weight, bias))
 
     leaves = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
-    logprobs, entropies, _ = _ScoreTokens.apply(*leaves, target, 0.7, softcap, chunk, True)
+    logprobs, entropies, *_ = _ScoreTokens.apply(*leaves, target, 0.7, softcap, chunk, True)
     loss = (mix_logprob.float() * logprobs).sum() + (mix_entropy.float() * entropies).sum()
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_collisions_are_statistics_without_a_gradient():
+    """How likely two draws agree lies between 1 / V and 1, grows as the temperature falls, and trains nothing."""
+    model, batch = build("llama"), collate(sequences(), [0, 2, 4], torch.device("cpu"))
+    cold, warm = (score_tokens(model, batch, temperature, statistics=True).collisions_N for temperature in (0.2, 5.0))
+    trained = batch.loss_mask_N
+    assert (cold[trained] > warm[trained]).all() and (cold[trained] <= 0).all() and (warm[trained] > -np.log(97)).all()
+    assert (cold[~trained] == 0).all() and not cold.requires_grad
+    assert (score_tokens(model, batch).collisions_N == 0).all()  # not asked for
 
 
 def test_gradient_does_not_depend_on_packing():
@@ -297,9 +318,65 @@ def test_saved_folder_is_stock_and_keeps_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("runs/sft/final", "python sft.py"), ("runs/nothing/final", "no such folder"), ("./nowhere", "no such folder"), ("model.gguf", "no such .gguf"),
+    ("runs/sft/final", "python sft.py"), ("runs/nothing/final", "no such folder"), ("./nowhere", "no such folder"),
+    ("model.gguf", "no such .gguf"),
 ])
 def test_a_model_that_is_not_there_is_one_sentence(name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         load_policy(name, torch.float32, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------ reward models
+
+
+def scorer(kind: str, folder, seed: int = 0):
+    """A reward model on top of the language model `kind`, which is written to `folder` first."""
+    build(kind).save_pretrained(folder)
+    torch.manual_seed(seed)
+    return load_scorer(str(folder), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_scores_equal_the_stock_class_on_each_sequence_alone(kind, tmp_path):
+    """Saved, and loaded by plain transformers: to 2e-5 what the packed scorer says, under every layout."""
+    model, examples = scorer(kind, tmp_path / "policy"), families()
+    assert layout_of(model) == "shared" and is_scorer(model) and not is_scorer(build(kind))
+    model.save_pretrained(tmp_path / "scorer")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    assert stock.num_labels == 1 and type(stock) is type(model)
+    alone_B = torch.stack([stock(torch.tensor(e.input_ids).long()[None]).logits[0, 0] for e in examples])
+    assert alone_B.std() > 0.1
+    model.config.pad_token_id = int(examples[0].input_ids[-1])  # T21: the last token is the last whatever its name is
+    for layout, budget in (("single", 1), ("packed", 1000), ("packed", 30), ("shared", 1000), ("shared", 30)):
+        scored_B = torch.full_like(alone_B, torch.nan)
+        for row in pack(examples, budget, 1, layout)[0]:
+            scored_B[row] = score_ends(model, collate(examples, row, torch.device("cpu"), layout))
+        torch.testing.assert_close(scored_B, alone_B, atol=2e-5, rtol=1e-5)
+
+
+def test_the_body_of_a_scorer_is_the_policys_and_its_head_small_and_repeatable(tmp_path):
+    """T22: one label, no bias, fp32 also over a body in bf16, the same head from the same seed."""
+    model, policy = scorer("llama", tmp_path), build("llama")
+    for name, weight in policy.base_model.named_parameters():
+        assert torch.equal(weight, model.base_model.get_parameter(name))
+    assert (model.config.num_labels, model.score.bias, tuple(model.score.weight.shape)) == (1, None, (1, 64))
+    assert not model.training and not hasattr(model, "lm_head")
+    heads = [scorer("llama", tmp_path, seed).score.weight.detach() for seed in range(20)]
+    assert torch.equal(heads[0], model.score.weight) and not torch.equal(heads[0], heads[1])
+    assert abs(torch.stack(heads).std().item() * 65**0.5 - 1) < 0.06  # 1,280 draws: 3 standard errors
+    half = load_scorer(str(tmp_path), torch.bfloat16, torch.device("cpu"))
+    assert (half.dtype, half.score.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert score_ends(half, collate(sequences(), [0, 1], torch.device("cpu"))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("config, words", [
+    (CohereConfig(**SMALL), "cannot become a reward model: Unrecognized configuration class .*"),
+    (BertConfig(**{k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads")}, is_decoder=True),
+     "cannot become a reward model: it is no causal model with a score"),
+])  # fmt: skip
+def test_a_model_that_cannot_score_is_one_sentence(config, words, tmp_path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_scorer(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert re.fullmatch(f"--model_name_or_path {re.escape(str(tmp_path))} {words}", str(error.value))

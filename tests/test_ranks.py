@@ -1,4 +1,4 @@
-"""Two processes log what one does: the same losses and gradient norms for the same global batch, and the same weights."""
+"""Two processes log what one does: the same losses and gradient norms for the same global batch, the same weights."""
 
 import json
 import subprocess

@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common.run import UserError
-from common.toy import demonstration, exact_match, gold, graded, toy_config, toy_pairs, toy_rows, toy_tokenizer
+from common.toy import (
+    demonstration, exact_match, gold, graded, prefers_first, toy_config, toy_pairs, toy_rows, toy_tokenizer,
+)
 
 
 def test_rows_are_the_careless_demonstrator():
@@ -64,20 +66,45 @@ def test_scores():
     assert halved == [0.5, 0.5, 0.375, 0.8, 0, 0]
 
 
-def test_pairs_prefer_the_better_answer_with_noise():
-    prompts = ["4719="] * 2000
-    rows = toy_pairs(prompts, ["1479"] * 2000, ["1497"] * 2000)
-    assert sum(row["chosen"] == "1479" for row in rows) > 1980  # sigmoid(0.5 / 0.1) = 0.9933
-    rows = toy_pairs(prompts, ["1497"] * 2000, ["1479"] * 2000, temperature=0.5)
-    share = sum(row["chosen"] == "1479" for row in rows) / 2000
-    assert abs(share - 0.731) < 0.03  # sigmoid(1)
-    assert all({row["chosen"], row["rejected"]} == {"1479", "1497"} and row["prompt"] == "4719=" for row in rows)
-    assert (
-        rows
-        == toy_pairs(prompts, ["1497"] * 2000, ["1479"] * 2000, temperature=0.5)
-        != toy_pairs(prompts, ["1497"] * 2000, ["1479"] * 2000, temperature=0.5, seed=1)
-    )
-    assert toy_pairs(["1=", "21="], ["1", "12"], ["1", "21"])[0]["prompt"] == "21="
+def test_the_judge_prefers_the_better_answer_with_noise():
+    def share(first: str, second: str, **options) -> float:
+        generator = random.Random(0)
+        return sum(prefers_first("4719=", first, second, generator, **options) for _ in range(4000)) / 4000
+
+    assert abs(share("1479", "1497") - 0.9933) < 0.006  # sigmoid(0.5 / 0.1), four standard errors either way
+    assert abs(share("1497", "1479", temperature=0.5) - 0.2689) < 0.03  # sigmoid(-1)
+    assert abs(share("1497", "4179") - 0.5) < 0.03  # both half right
+    assert share("9741", "1479") < 0.001 and share("1479", "9741") > 0.999
+
+
+def test_pairs_are_two_answers_of_the_demonstrator():
+    rows = toy_pairs()
+    assert len(rows) == 4096 and all(list(row) == ["prompt", "chosen", "rejected", "answer"] for row in rows)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in toy_rows(size=4096)]
+    gaps = []
+    for row in rows:
+        assert row["answer"] == gold(row["prompt"]) and row["chosen"] != row["rejected"]
+        assert len(row["chosen"]) == len(row["rejected"]) == len(row["answer"])  # length tells nothing
+        chosen, rejected = graded([row["prompt"]] * 2, [row["chosen"], row["rejected"]], [row["answer"]] * 2)
+        gaps.append(chosen - rejected)
+    wrong = sum(gap < 0 for gap in gaps) / len(rows)
+    assert sum(gap > 0 for gap in gaps) / len(rows) > 0.93 and 0.005 < wrong < 0.06, "close calls are noisy"
+    rights = [sum(row[side] == row["answer"] for row in rows) / len(rows) for side in ("chosen", "rejected")]
+    assert rights[0] > 0.6 and rights[1] < 0.05
+
+
+def test_pairs_are_apart_and_fixed():
+    test, train = toy_pairs("test"), toy_pairs(size=50)
+    assert [row["prompt"] for row in test] == [row["prompt"] for row in toy_rows("test")]
+    assert toy_pairs("test", size=10, seed=5) == test[:10]
+    assert train == toy_pairs()[:50] and train != toy_pairs(size=50, seed=1)
+    # As for the rows: pinned, for results are about them.
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in train[:2] + test[1:2]] == FIRST_PAIRS
+    with pytest.raises(UserError, match="train and test, not dev"):
+        toy_pairs("dev")
+
+
+FIRST_PAIRS = [("756652=", "255667", "766552"), ("4447=", "4447", "7444"), ("6275556=", "2551667", "7665552")]
 
 
 def test_tokenizer_and_model_survive_the_disk(tmp_path):

@@ -42,7 +42,7 @@ def test_one_flag_one_type(one, other):
         for script in (one, other)
     )  # fmt: skip
     drifted = [
-        name for name in sorted(ours.keys() & theirs.keys())
+        name for name in sorted(ours.keys() & theirs.keys() - {"loss_type"})  # each script has its own losses
         if not (ours[name] <= theirs[name] or theirs[name] <= ours[name])
     ]  # fmt: skip
     assert not drifted, f"{one.name} and {other.name} give other types to {drifted}"
