@@ -368,7 +368,8 @@ def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
     common = chosen[: min(len(chosen), len(rejected)) if parted is None else parted]
     if isinstance(chosen, str):
         if prompt is None:
-            prompt = common[: re.search(r"\s*\S*$", common).start()]
+            found = re.match(r"(?s).*\S(?=\s)", common)  # up to the last word that a space follows
+            prompt = found[0] if found else ""
             if not prompt:
                 raise UserError("chosen and rejected do not begin alike, so there is no prompt; give a column prompt")
             return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
@@ -377,6 +378,8 @@ def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
         return prompt, chosen, rejected
     if isinstance(prompt, list) and (len(chosen), len(rejected)) == (1, 1):
         return prompt, chosen, rejected
+    if isinstance(prompt, str) and (len(chosen), len(rejected)) == (1, 1):
+        raise UserError("the prompt is text and the replies are messages; write both as messages")
     # The replies come with the conversation before them; a prompt that is text repeats the last question
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     if not common:
@@ -393,7 +396,7 @@ def encode_pair(row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[list[i
     completions = []
     for side, reply in zip(("chosen", "rejected"), replies):
         try:
-            completions.append(encode_completion(prompt, reply, tokenizer, **options))
+            completions.append(encode_completion(prompt, reply or "", tokenizer, **options))
         except EmptyRow:
             raise EmptyRow(f"the {side} reply is empty") from None
     if completions[0] == completions[1]:

@@ -221,7 +221,8 @@ def load_policy(
 def load_scorer(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
     """A reward model, of the class AutoModelForSequenceClassification: the body of a causal model and a scalar head.
 
-    The head is fp32, without bias, drawn from N(0, 1 / (d + 1)) by the global generator (seed first).
+    The head is fp32, without bias, drawn from N(0, 1 / (d + 1)) by the global generator (seed first); of a folder that
+    holds a reward model already it is that model's.
 
     Raises:
         UserError: nothing loadable there, or a model that transformers has no such class for.
@@ -239,7 +240,11 @@ def load_scorer(name: str, dtype: torch.dtype, device: torch.device, trust_remot
     setattr(model, model.base_model_prefix, policy.base_model)
     width = model.score.in_features
     model.score = torch.nn.Linear(width, 1, bias=False, device=device)
-    torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
+    if "ForSequenceClassification" in str(config.architectures):
+        before = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
+        model.score.weight.data.copy_(before.score.weight)
+    else:
+        torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
     model.layout = policy.layout
     if model.layout != "single":
         model.set_attn_implementation("packed")
