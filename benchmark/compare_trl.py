@@ -1,29 +1,36 @@
-"""sft.py and grpo.py beside TRL: the same work on both sides, in one run on one machine.
+"""sft.py, grpo.py, reward.py, dpo.py and kto.py beside TRL: the same work on both sides, in one run on one machine.
 
-    python benchmark/compare_trl.py sft
-    python benchmark/compare_trl.py grpo
+    python benchmark/compare_trl.py sft         # or grpo, reward, dpo, kto
 
 Legs. Each is a process of its own, and rounds interleave them: T0 U0 T1 U1, T0 U0 T1 U1.
 
     T0  TRL as its documentation shows it: activation checkpointing, bf16 autocast over fp32 weights, micro-batches of 8
     T1  TRL tuned by us: no checkpointing, the whole step in one micro-batch; sft without padding, over our own packed
         attention (`padding_free`, which leaves nothing for group_by_length to win)
-    U0  our script with T0's knobs: checkpointing, micro-batches of about 8 sequences, no prompt shared
+    U0  our script with T0's knobs: checkpointing, micro-batches of about as many tokens, no prompt shared
     U1  our script as it comes
 
 The same on both sides: weights, token ids, order of rows, seeds, global batch, AdamW, clipping, constant learning rate,
-no dropout, metrics at every step, fp32 masters. bfloat16 means autocast there, and bf16 compute weights here.
+no dropout, metrics at every step, fp32 masters. bfloat16 means autocast there, and bf16 compute weights here. The
+padding token is one that no row holds: transformers gives its embedding no gradient, and scores the last other token.
 
 Gate (legs TG and UG, before the timing). sft: losses and gradient norms of 20 steps. grpo: both get the same recorded
 completions, of unequal length, and train on them twice, so that the second pass is off policy. Losses may differ by
 0.5 % and gradient norms by 2 %; if they differ by more, table.md says so and the exit status is 1. The gate runs in
 fp32, where a difference is an error and not rounding. What bf16 adds, table.md tells of the timed legs.
 
+reward, dpo, kto: rows with a sequence of over --max_length tokens are left out of both. TRL's trainers get columns of
+token ids and skip their own tokenising. reward: both heads are the same draw. dpo, kto: the reference is a second model
+that is scored at every step, on both sides; neither precomputes. kto: for its KL term TRL pairs a prompt with the reply
+before it in the micro-batch, we with any other of the whole step, so the losses differ by design. The timed legs run
+`kto` all the same, the gate `apo_zero_unpaired`, which has no such term.
+
 Measured by a stopwatch in the function with which both sides clip gradients: from step to step, the first --warmup
 steps left out, no evaluation and no checkpoint inside. On a CPU the primary clock is CPU seconds of the process, on one
-thread; wall time stands beside it. Useful tokens are counted from the data, by us: no pads, and a prompt as often as
-the data holds it. grpo forces every completion to --completion_length and rewards a hash of it: no group is dead.
-Peak memory is the highest resident size above that after the imports; on CUDA, max_memory_allocated after step one.
+thread; wall time stands beside it. Useful tokens are counted from the data, by us: no pads, no completions borrowed for
+a KL term, and a prompt as often as it has a reply. grpo forces every completion to --completion_length and rewards a
+hash of it: no group is dead. Peak memory is the highest resident size above that after the imports; on CUDA,
+max_memory_allocated after step one.
 
 Writes result.json, losses.jsonl, curves.png, table.md to benchmark/results/compare_trl_<what>_<hardware>_<date>/.
 Needs Linux, trl, datasets, matplotlib. On a quiet CPU about a quarter of an hour each.
@@ -31,6 +38,7 @@ Needs Linux, trl, datasets, matplotlib. On a quiet CPU about a quarter of an hou
 
 import dataclasses
 import datetime
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -53,17 +61,18 @@ from typing import Any, Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+TRL_NAMES = {"sft": "SFT", "grpo": "GRPO", "reward": "Reward", "dpo": "DPO", "kto": "KTO"}
 COLOURS = {"T0": "#9aa5b1", "T1": "#52606d", "TG": "#52606d", "U0": "#e6a23c", "U1": "#c2410c", "UG": "#c2410c"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    what: tyro.conf.Positional[Literal["sft", "grpo"]]
+    what: tyro.conf.Positional[Literal["sft", "grpo", "reward", "dpo", "kto"]]
     """Which script."""
     model_name_or_path: str = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
     """Folder or .gguf file. Both sides read a Hugging Face folder that is written from it first."""
     dataset_name: str | None = None
-    """None: sft_prompt_completion_train or rg_chain_sum_train (.jsonl.gz) of the folder $POSTSCRIPTS_DATA (data)."""
+    """None: what `prepare` names, .jsonl.gz, of the folder $POSTSCRIPTS_DATA (data)."""
     legs: tuple[Literal["T0", "U0", "T1", "U1"], ...] = ("T0", "U0", "T1", "U1")
     """What to time, in this order."""
     rounds: int = 2
@@ -73,15 +82,19 @@ class Settings:
     warmup: int = 2
     """First steps that are not timed; at least 1, for a stopwatch between steps misses the first."""
     batch_size: int | None = None
-    """Sequences per optimiser step (None: 8 for sft, 16 for grpo)."""
+    """Sequences per optimiser step, pairs for reward and dpo (None: 8; grpo 16; reward and dpo 4)."""
+    tuned_micro_batch: int | None = None
+    """The same per micro-batch of T1 (None: the whole step)."""
     gate_steps: int | None = None
-    """Optimiser steps of the gate (None: 20 for sft, 4 for grpo; 0: no gate)."""
+    """Optimiser steps of the gate (None: 20; grpo 4; 0: no gate)."""
     gate_dtype: Literal["bfloat16", "float32"] = "float32"
     """Of the gate."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the timed legs."""
     completion_length: int = 32
     """grpo: tokens of every completion."""
+    max_length: int = 512
+    """reward, dpo, kto: rows with a longer sequence are left out."""
     torch_compile: bool = False
     """Let T1 and U1 compile."""
     threads: int = 1
@@ -93,7 +106,9 @@ class Settings:
 
     def of_leg(self, leg: str) -> "Settings":
         """With the defaults filled in. The gate's legs are smaller, and have a dtype of their own."""
-        batch_size, gate_batch_size, gate_steps = {"sft": (8, 2, 20), "grpo": (16, 4, 4)}[self.what]
+        batch_size, gate_batch_size, gate_steps = {
+            "sft": (8, 2, 20), "grpo": (16, 4, 4), "reward": (4, 2, 20), "dpo": (4, 2, 20), "kto": (8, 4, 20),
+        }[self.what]
         gate_steps = gate_steps if self.gate_steps is None else self.gate_steps
         if leg in ("TG", "UG"):
             return dataclasses.replace(self, steps=gate_steps, batch_size=gate_batch_size, dtype=self.gate_dtype)
@@ -102,7 +117,7 @@ class Settings:
     @property
     def group(self) -> int:
         """Completions of one prompt."""
-        return 1 if self.what == "sft" else min(8, self.batch_size)
+        return min(8, self.batch_size) if self.what == "grpo" else 1
 
 
 def hash_reward(prompts: list, completions: list[str], **_) -> list[float]:
@@ -110,11 +125,17 @@ def hash_reward(prompts: list, completions: list[str], **_) -> list[float]:
     return [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
 
 
-def step_tokens(step: list[dict], settings: Settings) -> int:
-    """Useful tokens of one optimiser step, counted from its data."""
+def count_tokens(step: list[dict], settings: Settings) -> tuple[int, int]:
+    """Useful tokens of one optimiser step, and those of them that are of prompts, counted from its data."""
     if settings.what == "sft":
-        return sum(len(row["input_ids"]) for row in step)
-    return sum(len(row["prompt_ids"]) + settings.completion_length for row in step) * settings.group
+        return sum(len(row["labels"]) for row in step), sum(row["labels"].count(-100) for row in step)
+    total = prompts = 0
+    for row in step:
+        replies = [len(row[side]) for side in ("chosen_ids", "rejected_ids", "completion_ids") if side in row]
+        replies = replies or [settings.completion_length] * settings.group
+        prompts += len(row["prompt_ids"]) * len(replies)
+        total += len(row["prompt_ids"]) * len(replies) + sum(replies)
+    return total, prompts
 
 
 # ------------------------------------------------------------------------------------------------ processes, stopwatch
@@ -176,7 +197,9 @@ def memory(field: Literal["VmRSS", "VmHWM"]) -> int:
 def prepare(folder: Path, settings: Settings) -> dict:
     """Writes model/ and train.jsonl; returns the rows of every step in order, and the rates of this machine.
 
-    A row of sft is {input_ids, labels}, one of grpo {prompt, prompt_ids}. "rollout" holds the completions to replay.
+    A row of sft is {input_ids, labels}, one of grpo {prompt, prompt_ids}, of reward and dpo {prompt_ids, chosen_ids,
+    rejected_ids}, of kto {prompt_ids, completion_ids, label}. "rollout" holds the completions to replay. For reward
+    there is scorer/ too: the model with the head that reward.py draws.
     """
     import torch
 
@@ -184,14 +207,16 @@ def prepare(folder: Path, settings: Settings) -> dict:
     import sft
     from common import data
     from common.engine import Sampling, TransformersEngine
-    from common.models import load_policy, load_tokenizer, save_model
+    from common.models import load_policy, load_scorer, load_tokenizer, save_model
+    from common.run import set_seed
 
-    name = {"sft": "sft_prompt_completion_train", "grpo": "rg_chain_sum_train"}[settings.what]
+    name = {
+        "sft": "sft_prompt_completion_train", "grpo": "rg_chain_sum_train", "reward": "hh_helpful_train",
+        "dpo": "hh_helpful_train", "kto": "kto_hh_train",
+    }[settings.what]
     default = Path(os.environ.get("POSTSCRIPTS_DATA", "data")) / f"{name}.jsonl.gz"
     tokenizer = load_tokenizer(settings.model_name_or_path)
     model = load_policy(settings.model_name_or_path, torch.float32, torch.device("cpu"))
-    # bf16, as checkpoints come: no side then begins with a rounding of the other's weights
-    save_model(model.to(torch.bfloat16), tokenizer, folder / "model")
     rows, items = data.load_rows(settings.dataset_name or str(default)), []
     if settings.what == "sft":
         examples = data.prepare(
@@ -203,10 +228,35 @@ def prepare(folder: Path, settings: Settings) -> dict:
             ids = example.input_ids.tolist()
             labels = [token if trained else -100 for token, trained in zip(ids, example.loss_mask)]
             items.append({"input_ids": ids, "labels": labels})
-    else:
+    elif settings.what == "grpo":
         prompts = data.prepare_prompts(rows, tokenizer, grpo.Args().max_prompt_length, "drop", data.Ledger())
         rows = [rows[row] for row, _ in prompts]
         items = [{"prompt": row["prompt"], "prompt_ids": ids} for row, (_, ids) in zip(rows, prompts)]
+    else:
+        sides = ["completion_ids"] if settings.what == "kto" else ["chosen_ids", "rejected_ids"]
+
+        def encode(row: dict) -> tuple[list[int], list[list[int]]]:
+            if settings.what != "kto":
+                return data.encode_pair(row, tokenizer)
+            completion = data.encode_completion(row["prompt"], row["completion"], tokenizer)
+            return data.encode_prompt(row["prompt"], tokenizer), [completion]
+
+        groups = data.prepare_completions(rows, encode, settings.max_length, "drop", data.Ledger(), on_empty="drop")
+        rows = [rows[group[0].row] for group in groups]
+        for row, group in zip(rows, groups):
+            ids, length = [example.input_ids.tolist() for example in group], group[0].prompt_length
+            item = {"prompt_ids": ids[0][:length]} | {side: whole[length:] for side, whole in zip(sides, ids)}
+            items.append(item | ({"label": row["label"]} if settings.what == "kto" else {}))
+    # SmolLM2 pads with what ends a turn
+    held = {token for item in items for name, ids in item.items() if name.endswith("_ids") for token in ids}
+    model.config.pad_token_id = max(set(tokenizer.added_tokens_decoder) - held)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    # bf16, as checkpoints come: no side then begins with a rounding of the other's weights
+    save_model(model.to(torch.bfloat16), tokenizer, folder / "model")
+    if settings.what == "reward":
+        set_seed(settings.seed)  # as reward.py does before it draws the head
+        scorer = load_scorer(str(folder / "model"), torch.float32, torch.device("cpu"))
+        save_model(scorer, tokenizer, folder / "scorer")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     prepared = {"rates": machine_rates()}
@@ -244,7 +294,7 @@ def machine_rates() -> dict[str, float]:
     return rates
 
 
-def shared_flags(settings: Settings) -> dict:
+def shared_flags(leg: str, settings: Settings) -> dict:
     """The flags that both sides call by one name."""
     flags = dict(
         seed=settings.seed, max_steps=settings.steps, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
@@ -252,10 +302,17 @@ def shared_flags(settings: Settings) -> dict:
     )
     if settings.what == "sft":
         return flags | dict(learning_rate=2e-5)
-    return flags | dict(
-        learning_rate=1e-5, num_generations=settings.group, max_completion_length=settings.completion_length,
-        temperature=1.0, beta=0.0,
-    )
+    if settings.what == "grpo":
+        return flags | dict(
+            learning_rate=1e-5, num_generations=settings.group, max_completion_length=settings.completion_length,
+            temperature=1.0, beta=0.0,
+        )
+    flags["max_length"] = settings.max_length
+    if settings.what == "reward":
+        return flags | dict(learning_rate=1e-4)
+    if settings.what == "kto":
+        flags["loss_type"] = "apo_zero_unpaired" if leg in ("TG", "UG") else "kto"
+    return flags | dict(learning_rate=1e-6, beta=0.1)
 
 
 def run_leg(folder: Path, leg: str, settings: Settings, prepared_folder: Path) -> dict:
@@ -275,19 +332,20 @@ def run_leg(folder: Path, leg: str, settings: Settings, prepared_folder: Path) -
 
 def our_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: list[list[dict]], rollout: list | None):
     """Flags of the script, and a function that calls its main with them and reads the metrics it wrote."""
-    import grpo
-    import sft
     from common.engine import Completion, TransformersEngine
 
-    script, flags = {"sft": sft, "grpo": grpo}[settings.what], shared_flags(settings) | {"dtype": settings.dtype}
-    if settings.what == "sft":
-        flags["train_batch_size"] = settings.batch_size
-    else:
+    script = importlib.import_module(settings.what)
+    flags = shared_flags(leg, settings) | {"dtype": settings.dtype}
+    if settings.what == "grpo":
         flags |= {"generation_batch_size": settings.batch_size, "num_iterations": 2 if rollout else 1}
         flags |= {"reward_funcs": ["benchmark/compare_trl.py:hash_reward"], "log_completions_steps": 0}
+    else:
+        flags["train_batch_size"] = settings.batch_size
+    if settings.what == "reward":
+        flags["normalize_split"] = "train[:1]"  # scored after the last step
     if leg == "U0":
-        most = max(step_tokens(step, settings) for step in steps)
-        flags |= {"gradient_checkpointing": True, "max_tokens_per_micro_batch": most * 8 // settings.batch_size}
+        most, micro = max(count_tokens(step, settings)[0] for step in steps), min(8, settings.batch_size)
+        flags |= {"gradient_checkpointing": True, "max_tokens_per_micro_batch": most * micro // settings.batch_size}
         flags |= {} if settings.what == "sft" else {"share_prompts": False}
     elif leg == "U1":
         flags["torch_compile"] = settings.torch_compile
@@ -310,8 +368,8 @@ def our_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: l
         script.main(script.Args(output_dir=str(folder / "run"), model_name_or_path=model, dataset_name=rows, **flags))
         logs = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         for log, step in zip(logs, steps if not rollout else []):
-            seen = log["num_tokens"] if settings.what == "sft" else log["tokens/masked"] + log["tokens/trained"]
-            assert seen == step_tokens(step, settings), "the script trained on other tokens than TRL gets"
+            seen = log["tokens/masked"] + log["tokens/trained"] if settings.what == "grpo" else log["num_tokens"]
+            assert seen == count_tokens(step, settings)[0], "the script trained on other tokens than TRL gets"
         return logs
 
     return flags, train
@@ -320,12 +378,12 @@ def our_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: l
 def trl_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: list[list[dict]], rollout: list | None):
     """Flags of TRL's trainer, and a function that builds it, trains, and returns what it logged."""
     import torch
+    import trl
     from datasets import Dataset
     from transformers import AttentionInterface
-    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    micro = min(8, settings.batch_size) if leg == "T0" else settings.batch_size
-    flags = shared_flags(settings) | {
+    micro = min({"T0": 8, "T1": settings.tuned_micro_batch}.get(leg) or settings.batch_size, settings.batch_size)
+    flags = shared_flags(leg, settings) | {
         "bf16": settings.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
         "gradient_checkpointing": leg == "T0", "per_device_train_batch_size": micro, "report_to": "none",
         "gradient_accumulation_steps": settings.batch_size // micro, "disable_tqdm": True,
@@ -350,12 +408,24 @@ def trl_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: l
         return list(islice(recorded, len(prompt_ids))), None
 
     def train() -> list[dict]:
-        rows, model = Dataset.from_list([row for step in steps for row in step]), str(prepared / "model")
-        if settings.what == "sft":
-            trainer = SFTTrainer(model, args=SFTConfig(output_dir=str(folder), **flags), train_dataset=rows)
-        else:
-            config = GRPOConfig(output_dir=str(folder), **flags)
-            trainer = GRPOTrainer(model, hash_reward, args=config, train_dataset=rows.select_columns("prompt"))
+        rows, options = [row for step in steps for row in step], {}
+        trainer_class, config_class = (getattr(trl, TRL_NAMES[settings.what] + kind) for kind in ("Trainer", "Config"))
+        if settings.what == "grpo":
+            rows, options = [{"prompt": row["prompt"]} for row in rows], {"reward_funcs": hash_reward}
+        elif settings.what == "reward":
+            sides = ("chosen_ids", "rejected_ids")
+            rows = [{side: row["prompt_ids"] + row[side] for side in sides} for row in rows]
+        elif flags.get("loss_type") == "kto":
+            parts = [rows[first : first + micro] for first in range(0, len(rows), micro)]
+            rows = [
+                row | {"KL_completion_ids": before["completion_ids"]}
+                for part in parts for row, before in zip(part, [part[-1], *part])
+            ]
+        if settings.what in ("reward", "dpo", "kto"):
+            trainer_class._prepare_dataset = lambda self, dataset, *_: dataset  # tokenised, and as it would be
+        model = str(prepared / ("scorer" if settings.what == "reward" else "model"))
+        config = config_class(output_dir=str(folder), **flags)
+        trainer = trainer_class(model, args=config, train_dataset=Dataset.from_list(rows), **options)
         if rollout:
             trainer._generate_single_turn = replay
         trainer.train()
@@ -394,7 +464,7 @@ def seconds_of(run: dict, clock: str, warmup: int) -> list[float]:
 
 def summarise(settings: Settings, runs: list[dict], steps: list[list[dict]], clock: str) -> dict[str, dict]:
     """Of each leg: useful tokens per second in every round, seconds of a step, peak memory."""
-    tokens, summary = sum(step_tokens(step, settings) for step in steps[settings.warmup:]), {}
+    tokens, summary = sum(count_tokens(step, settings)[0] for step in steps[settings.warmup:]), {}
     for leg in settings.legs:
         mine = [run for run in runs if run["leg"] == leg]
         rounds = [seconds_of(run, clock, settings.warmup) for run in mine]
@@ -434,8 +504,11 @@ def table(settings: Settings, result: dict) -> str:
     lines = [f"# {settings.what}.py beside TRL {result['versions']['trl']}: {result['hardware']}, {result['date']}", ""]
     if gate:
         verdict = "passed" if gate["passed"] else "FAILED"
-        lines += [f"Gate, {gate['steps']} steps in {settings.gate_dtype}: **{verdict}**. The loss differs by "
+        of_loss = " of apo_zero_unpaired, since the KL terms of kto differ by design" * (settings.what == "kto")
+        lines += [f"Gate, {gate['steps']} steps in {settings.gate_dtype}{of_loss}: **{verdict}**. The loss differs by "
                   f"{gate['loss']:.1e} at most (allowed 5e-3), the gradient norm {gate['grad_norm']:.1e} (2e-2).", ""]
+    lines += [f"Prompts are {result['prompt_share']:.0%} of the useful tokens, of which a sequence has "
+              f"{result['sequence_tokens']:.0f}.", ""]
     lines += [f"| ours / TRL | {per} | from, to | peak memory |", "|---|---|---|---|"]
     lines += [f"| {name} | **{r['speed']:.2f}x** | {r['low']:.2f}x, {r['high']:.2f}x | {r['memory']:.2f}x |"
               for name, r in result["ratios"].items()]
@@ -516,11 +589,15 @@ def main(settings: Settings) -> None:
     first = {run["leg"]: run for run in reversed(runs)}
     found = differences(first["UG"], first["TG"]) if gate else {}
     passed = not gate or (found["loss"] < 5e-3 and found["grad_norm"] < 2e-2)
-    base = first[settings.legs[0]]
+    base, compared = first[settings.legs[0]], settings.what in ("sft", "reward", "dpo")  # else they see other things
+    counts = [count_tokens(step, settings) for step in prepared["timed"][settings.warmup:]]
+    tokens, of_prompts = (sum(column) for column in zip(*counts))
+    sequences = len(counts) * settings.batch_size * (2 if settings.what in ("reward", "dpo") else 1)
     result |= {
+        "prompt_share": of_prompts / tokens, "sequence_tokens": tokens / sequences,
         "rates": prepared["rates"], "flags": {leg: run["flags"] for leg, run in first.items()},
         "gate": found and found | {"passed": passed, "steps": settings.gate_steps},
-        "rounding": {leg: differences(first[leg], base) for leg in settings.legs[1:] if settings.what == "sft"},
+        "rounding": {leg: differences(first[leg], base) for leg in settings.legs[1:] if compared},
         "summary": {clock: summarise(settings, runs, prepared["timed"], clock) for clock in ("cpu", "wall")},
     }
     result["ratios"] = ratios(result["summary"][result["clock"]])

@@ -26,4 +26,5 @@ train dpo simpo "${policy[@]}" --loss_type simpo --beta 2
 train dpo sft_on_chosen "${policy[@]}" --loss_type sft
 train orpo orpo "${policy[@]}"
 train kto kto "${policy[@]}" --train_batch_size 64
-"$python" benchmark/report.py $runs/{dpo,simpo,sft_on_chosen,orpo,kto} --markdown
+"$python" benchmark/report.py $runs/{dpo,kto,orpo,simpo,sft_on_chosen} --png $runs/curve.png --compare \
+  eval/rewards/accuracies eval/reward eval/reward_greedy eval/mean_length eval/mean_length_greedy eval/terminated

@@ -14,15 +14,26 @@ from pathlib import Path
 import pytest
 import torch
 
+import dpo
 import grpo
+import kto
+import orpo
+import reward
 import sft
 from common.run import UserError, launch
 
 ROOT = Path(grpo.__file__).parent
-SCRIPTS = {"sft": sft, "grpo": grpo}
-USUAL = {"sft": "--dataset_name good.jsonl", "grpo": "--dataset_name good.jsonl --model_name_or_path toy"}
+SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo, "kto": kto, "orpo": orpo, "reward": reward}
+PAIRED = "--dataset_name pairs.jsonl --model_name_or_path toy --chat_template chat.jinja --train_batch_size 4"
+USUAL = {
+    "sft": "--dataset_name good.jsonl", "grpo": "--dataset_name good.jsonl --model_name_or_path toy",
+    "dpo": PAIRED, "orpo": PAIRED, "reward": f"{PAIRED} --normalize_split train",
+    "kto": PAIRED.replace("pairs", "labelled"),
+}  # fmt: skip
 
 GOOD = [{"prompt": f"{n}=", "completion": str(n)[::-1], "answer": str(n)[::-1]} for n in range(43, 51)]
+LABELLED = [{"prompt": f"{n}=", "completion": str(n), "label": n % 2 == 0} for n in range(45, 53)]
+PAIRS = [{"prompt": f"{n}=", "chosen": str(n)[::-1], "rejected": str(n)} for n in range(45, 53)]
 REWARDS = """
 def raises(prompts, completions, **_):
     return [1 / 0 for _ in prompts]
@@ -110,7 +121,100 @@ CASES = [
     ("grpo --surrogate clop", ["--surrogate", "'clop'", "'clip'"]),
     ("sft --learning_rat 1", ["--learning_rat", "Perhaps you meant", "--learning_rate"]),
     ("grpo --num_generation 4", ["--num_generation", "Perhaps you meant", "--num_generations"]),
+    # labels
+    ("kto --dataset_name label_text.jsonl", ["label_text.jsonl, line 4", "true", "false", "'yes'"]),
+    ("kto --dataset_name label_number.jsonl", ["label_number.jsonl, line 4", "true", "false", "is 1"]),
+    ("kto --dataset_name label_null.jsonl", ["label_null.jsonl, line 4", "true", "false", "None"]),
+    ("kto --dataset_name liked.jsonl", ["liked.jsonl", "every label is True", "add others"]),
+    ("kto --dataset_name disliked.jsonl", ["disliked.jsonl", "every label is False", "add others"]),
+    ("kto --dataset_name one_prompt.jsonl", ["one_prompt.jsonl", "one prompt", "--loss_type apo_zero_unpaired"]),
+    ("kto --dataset_name lable.jsonl", ["lable.jsonl", "'lable'", "called 'label'"]),
+    ("kto --dataset_name good.jsonl", ["good.jsonl", "prompt + completion + label or chosen + rejected"]),
+    # losses
+    ("dpo --loss_type sigmod", ["--loss_type", "'sigmod'", "'sigmoid'"]),
+    ("dpo --loss_type sigmoid sft --loss_weights 1", ["1 --loss_weights", "2 of --loss_type"]),
+    ("dpo --loss_type sigmoid sft sigmoid", ["--loss_type", "each once"]),
+    ("dpo --loss_type exo_pair", ["exo_pair", "--label_smoothing", "above 0"]),
+    ("dpo --label_smoothing 0.5", ["--label_smoothing", "below 0.5"]),
+    ("dpo --loss_type nca_pair --f_divergence_type js_divergence", ["js_divergence", "no meaning", "nca_pair"]),
+    ("dpo --loss_type sigmoid aot --use_weighting", ["--use_weighting", "aot"]),
+    ("dpo --sync_ref_model --precompute_ref_log_probs", ["--sync_ref_model", "not precomputed"]),
+    ("kto --sync_ref_model --precompute_ref_log_probs", ["--sync_ref_model", "not a precomputed"]),
+    ("dpo --sync_ref_model --loss_type simpo", ["--sync_ref_model", "not none"]),
+    ("dpo --beta 0", ["--beta", "above 0"]),
+    ("kto --beta 0", ["--beta", "above 0"]),
+    ("dpo --ref_model_sync_steps 0", ["--ref_model_sync_steps"]),
+    ("reward --max_eval_samples 0", ["--max_eval_samples"]),
+    ("reward --normalize_split tain", ["pairs.jsonl", "no split 'tain'"]),
 ]  # fmt: skip
+PREFERENCES = [  # the same for all that take pairs
+    ("--dataset_name equal.jsonl", ["equal.jsonl, line 4", "are equal", "--on_empty drop"]),
+    ("--dataset_name all_equal.jsonl --on_empty drop", ["all_equal.jsonl", "every row was dropped", "8 dropped"]),
+    ("--dataset_name half.jsonl", ["half.jsonl, line 4", "rejected reply is empty", "--on_empty drop"]),
+    ("--dataset_name null.jsonl", ["null.jsonl, line 4", "chosen", "rejected", "NoneType"]),
+    ("--dataset_name ragged_pairs.jsonl", ["ragged_pairs.jsonl, line 9", "'rejected'", "only prompt, chosen"]),
+    ("--dataset_name choosen.jsonl", ["choosen.jsonl", "'choosen'", "called 'chosen'"]),
+    ("--dataset_name long.jsonl --max_length 10", ["long.jsonl, line 4", "15 tokens", "--max_length 15", "drop"]),
+    ("--dataset_name apart.jsonl", ["apart.jsonl, line 4", "so there is no prompt", "give a column prompt"]),
+    ("--dataset_name chats_apart.jsonl", ["chats_apart.jsonl, line 4", "no message in common", "column prompt"]),
+    ("--dataset_name chats_asked.jsonl", ["chats_asked.jsonl, line 4", "whole conversations", "not the prompt"]),
+    ("--dataset_name chats_mixed.jsonl", ["chats_mixed.jsonl, line 4", "both texts or both lists", "str and list"]),
+    ("--dataset_name chats_half.jsonl", ["chats_half.jsonl, line 4", "chosen reply is empty", "--on_empty drop"]),
+    ("--train_batch_size 9", ["8 ", "less than one step", "--train_batch_size 9", "lower", "--max_steps"]),
+    ("--train_batch_size 0", ["--train_batch_size"]),
+    ("--output_dir taken", ["taken already holds a run", "--resume", "another --output_dir"]),
+    ("--output_dir taken --resume", ["other flags", "seed (was 3, now 0)"]),
+    ("--model_name_or_path runs/sft/final", ["runs/sft/final", "no such folder", "run `python sft.py` first"]),
+]  # fmt: skip
+CASES += [(f"{script} {flags}", parts) for script in ("dpo", "kto", "orpo", "reward") for flags, parts in PREFERENCES]
+HELD_OUT = "--eval_dataset_name pairs.jsonl --eval_split train --eval_reward_funcs rewards.py:"
+CASES += [
+    case for script in ("dpo", "kto", "orpo") for case in (
+        (f"{script} {HELD_OUT}nann", ["rewards.py has no function nann", "did you mean nan?"]),
+        (f"{script} {HELD_OUT}nan --max_completion_length 61", ["4 tokens", "64 the model takes", "--max_completion"]),
+    )
+]  # fmt: skip
+DROPPED = [  # flags, what the ledger says
+    ("--dataset_name equal.jsonl --on_empty drop", "7 kept (0 of them truncated), 1 dropped (equal)"),
+    ("--dataset_name half.jsonl --on_empty drop", "7 kept (0 of them truncated), 1 dropped (empty)"),
+    ("--dataset_name chats_half.jsonl --on_empty drop", "7 kept (0 of them truncated), 1 dropped (empty)"),
+    ("--dataset_name long.jsonl --max_length 10 --on_overlong drop", "7 kept (0 of them truncated), 1 dropped (over"),
+    ("--dataset_name long.jsonl --max_length 10 --on_overlong truncate", "8 kept (1 of them truncated);"),
+]  # fmt: skip
+
+
+def write_preferences(folder: Path) -> None:
+    """Pairs and labelled replies in which mostly the row of line 4 is wrong."""
+
+    def write(name: str, rows: list[dict], **in_line_4) -> None:
+        rows = [row | (in_line_4 if i == 3 else {}) for i, row in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def chat(*contents: str) -> list[dict]:
+        return [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+
+    write("pairs", PAIRS)
+    write("equal", PAIRS, chosen="84", rejected="84")
+    write("all_equal", [row | {"rejected": row["chosen"]} for row in PAIRS])
+    write("half", PAIRS, rejected="")
+    write("null", PAIRS, rejected=None)
+    write("long", PAIRS, rejected="48" * 5)
+    write("ragged_pairs", [*PAIRS, {"prompt": "53=", "chosen": "35"}])
+    write("choosen", [{"prompt": "45=", "choosen": "45", "rejected": "54"}])
+    write("apart", [{"chosen": "45= 45", "rejected": "45= 54"}] * 8, chosen="84= 48")
+    chats = [{side: chat(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in PAIRS]
+    write("chats_apart", chats, rejected=chat("84=", "84"))
+    write("chats_asked", chats, prompt="84=")
+    write("chats_mixed", chats, chosen="84")
+    write("chats_half", chats, chosen=chat("48=", ""))
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{{ '</s>' * loop.index0 }}{% endfor %}")
+    write("labelled", LABELLED)
+    write("lable", [{"prompt": "45=", "completion": "45", "lable": True}])
+    for name, label in (("text", "yes"), ("number", 1), ("null", None)):
+        write(f"label_{name}", LABELLED, label=label)
+    write("liked", [row | {"label": True} for row in LABELLED])
+    write("disliked", [row | {"label": False} for row in LABELLED])
+    write("one_prompt", [row | {"prompt": "45="} for row in LABELLED])
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +245,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "taken").mkdir()
     (folder / "taken" / "config.yaml").write_text("seed: 3\n")
     (folder / "taken" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.7}\n')
+    write_preferences(folder)
     (folder / "typo.yaml").write_text("learning_rat: 0.1\n")
     (folder / "wrong.yaml").write_text("max_steps: many\n")
     return folder
@@ -180,13 +285,24 @@ def test_one_clear_sentence(command, parts, complain):
         assert part in " ".join(said.split()), said
 
 
+@pytest.mark.parametrize("flags, ledger", DROPPED, ids=[flags for flags, _ in DROPPED])
+@pytest.mark.parametrize("script", ["dpo", "kto", "orpo", "reward"])
+def test_a_pair_is_passed_over_whole_and_counted(script, flags, ledger, files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    module = SCRIPTS[script]
+    launch(module.main, module.Args, [*USUAL[script].split(), *flags.split(), "--inspect"])
+    assert f"8 rows = {ledger}" in capsys.readouterr().out
+
+
 def test_a_mended_mistake_can_be_repeated_with_the_same_folder(complain, tmp_path):
     """What failed before anything was trained leaves nothing behind that is in the way of the second try."""
     complain("sft --dataset_name hole.jsonl")
     assert "ragged.jsonl, line 9" in complain("sft --dataset_name ragged.jsonl")
 
 
-@pytest.mark.parametrize("command", ["sft.py --dataset_name hole.jsonl", "grpo.py --num_generations 1", "grpo.py --s"])
+@pytest.mark.parametrize("command", [
+    "sft.py --dataset_name hole.jsonl", "grpo.py --num_generations 1", "grpo.py --s", "dpo.py --loss_type exo_pair",
+])  # fmt: skip
 def test_as_a_program(command, files):
     script, *flags = command.split()
     done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=files, capture_output=True, text=True)

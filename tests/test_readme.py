@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import dpo
 import grpo
+import kto
+import orpo
+import reward
 import sft
 from common.run import parse_flags
 
 ROOT = Path(grpo.__file__).parent
-SCRIPTS = {"sft.py": sft, "grpo.py": grpo}
+SCRIPTS = {f"{script.__name__}.py": script for script in (sft, reward, dpo, kto, orpo, grpo)}
 PAGES = [page for page in (ROOT / "README.md", ROOT / "benchmark" / "README.md") if page.exists()]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
@@ -69,6 +73,17 @@ def test_flags_in_the_text(page, monkeypatch):
         takers = [name for name in SCRIPTS if set(names) <= set(SCRIPTS[name].Args.__dataclass_fields__)]
         if " " in code and takers and "..." not in code:
             parse(takers[-1], shlex.split(code))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_in_a_docstring(script, monkeypatch):
+    """Names anywhere; where a table sets `RPO      --loss_type sigmoid sft --loss_weights 1 0.005`, values as well."""
+    monkeypatch.setattr(sys, "argv", ["readme"])
+    text = re.sub(r"^ {4}(python|torchrun) .*", "", SCRIPTS[script].__doc__, flags=re.MULTILINE)
+    known = {name for other in SCRIPTS.values() for name in other.Args.__dataclass_fields__}
+    assert set(re.findall(r"--(?:no-)?(\w+)", text)) <= known
+    for recipe in re.findall(r"(?<= {2})--\w+ \w.*?(?=  |$)", text, flags=re.MULTILINE):
+        parse(script, shlex.split(recipe))
 
 
 @pytest.mark.parametrize("page", TEXTS)
