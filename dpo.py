@@ -29,7 +29,8 @@ Departures from the papers and from what is usual
      (--no-share_prompts computes them twice; the log-probs are the same).
   3. ipo takes the mean over tokens, as its authors do; the sum would want another beta for every length.
   4. `sft` is a mean over the chosen tokens of the step, not over pairs.
-  5. rewards/accuracies counts a tie as a half, so that it is 0.5 before the first update.
+  5. rewards/accuracies counts a tie as a half, so that it is 0.5 before the first update (not with
+     --precompute_ref_log_probs, which differ from the policy's by rounding).
   6. With --use_weighting the likelihood of `sft` is not weighted, for it is no preference.
   7. Dropout is off. The learning rate defaults to 1e-6, to ten times that under LoRA, and to 2e-5 for the toy.
 
@@ -245,7 +246,10 @@ class Pairs:
 
 
 def divergence_score(ratio: torch.Tensor, divergence: str, alpha: float) -> torch.Tensor:
-    """f'(u) of a log-ratio log u, up to a constant: the reward that the divergence f implies (2309.16240)."""
+    """f'(u) of a log-ratio log u, up to a constant: the reward that the divergence f implies (2309.16240).
+
+    forward_kl grows like exp(-log u): it overflows for replies that have become 88 nats less likely.
+    """
     if divergence == "forward_kl":
         return 1 - torch.exp(-ratio)
     if divergence == "js_divergence":
@@ -306,9 +310,9 @@ def pair_loss(
         return 1 - torch.sigmoid(beta * chosen_P) + torch.sigmoid(beta * rejected_P)
     if kind == "apo_down":  # 2408.06266 Eq. 8: down with both, more with the rejected
         return torch.sigmoid(beta * chosen_P) + 1 - torch.sigmoid(beta * (chosen_P - rejected_P))
-    if kind == "discopop":  # 2406.08414 Eq. 5: logistic, exponential where the pair is learnt
-        blend_P = torch.sigmoid(margin_P / discopop_tau)
-        return (1 - blend_P) * -F.logsigmoid(margin_P) + blend_P * torch.exp(-margin_P)
+    if kind == "discopop":  # 2406.08414 Eq. 5: logistic, exponential where the pair is learnt; with a hump at margin 0
+        log_blend_P = F.logsigmoid(margin_P / discopop_tau)
+        return (1 - log_blend_P.exp()) * -F.logsigmoid(margin_P) + torch.exp(log_blend_P - margin_P)
     if kind == "sigmoid_norm":  # 2411.15124
         return -F.logsigmoid(beta * mean_margin_P)
     if kind == "simpo":  # 2405.14734 Eq. 6
