@@ -5,8 +5,9 @@
 Legs. Each is a process of its own, and rounds interleave them: T0 U0 T1 U1, T0 U0 T1 U1.
 
     T0  TRL as its documentation shows it: activation checkpointing, bf16 autocast over fp32 weights, micro-batches of 8
-    T1  TRL tuned by us: no checkpointing, the whole step in one micro-batch; sft without padding, over our own packed
-        attention (`padding_free`, which leaves nothing for group_by_length to win)
+    T1  TRL tuned by us: no checkpointing, the whole step in one micro-batch; on a CPU one pair (reward, dpo) or two
+        replies (kto), for less padding makes that twice as fast; sft without padding, over our own packed attention
+        (`padding_free`, which leaves nothing for group_by_length to win)
     U0  our script with T0's knobs: checkpointing, micro-batches of about as many tokens, no prompt shared
     U1  our script as it comes
 
@@ -84,7 +85,7 @@ class Settings:
     batch_size: int | None = None
     """Sequences per optimiser step, pairs for reward and dpo (None: 8; grpo 16; reward and dpo 4)."""
     tuned_micro_batch: int | None = None
-    """The same per micro-batch of T1 (None: the whole step)."""
+    """The same per micro-batch of T1 (None: what was fastest, see above)."""
     gate_steps: int | None = None
     """Optimiser steps of the gate (None: 20; grpo 4; 0: no gate)."""
     gate_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -382,11 +383,13 @@ def trl_leg(folder: Path, leg: str, settings: Settings, prepared: Path, steps: l
     from datasets import Dataset
     from transformers import AttentionInterface
 
-    micro = min({"T0": 8, "T1": settings.tuned_micro_batch}.get(leg) or settings.batch_size, settings.batch_size)
+    whole, on_gpu = settings.batch_size, torch.cuda.is_available()
+    tuned = whole if on_gpu else {"reward": 1, "dpo": 1, "kto": 2}.get(settings.what, whole)
+    micro = min({"T0": 8, "T1": settings.tuned_micro_batch or tuned}.get(leg, whole), whole)
     flags = shared_flags(leg, settings) | {
-        "bf16": settings.dtype == "bfloat16", "use_cpu": not torch.cuda.is_available(), "save_strategy": "no",
+        "bf16": settings.dtype == "bfloat16", "use_cpu": not on_gpu, "save_strategy": "no",
         "gradient_checkpointing": leg == "T0", "per_device_train_batch_size": micro, "report_to": "none",
-        "gradient_accumulation_steps": settings.batch_size // micro, "disable_tqdm": True,
+        "gradient_accumulation_steps": whole // micro, "disable_tqdm": True,
     }
     if leg == "T1":
         flags["torch_compile"] = settings.torch_compile

@@ -123,7 +123,7 @@ def test_displacement_and_its_repair(seed, imitator, tmp_path):
         if "sft" in loss_type:
             assert after > before and last >= 0.55  # -3.2 to -3.0 nats; .67 to .72
         else:
-            assert after < before - 2 and last < first  # -3.2 to below -6 nats; .27
+            assert after < before - 2 and last < first  # -3.2 to below -6 nats; .24 to .27
 
 
 @pytest.mark.long
