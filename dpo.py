@@ -66,7 +66,7 @@ from common.data import (
     Example, Ledger, collate, draw, encode_pair, load_rows, pack, prepare_completions, require_columns, segment_sum,
     split_pair,
 )
-from common.engine import Sampling, TransformersEngine, check_prompts, request_seed, stop_ids
+from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
     add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
     load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
@@ -390,6 +390,8 @@ def reference_logprobs(model, examples: list[Example], args, ranks) -> list[torc
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     path = Path(args.ref_log_probs_dir) / f"{digest.hexdigest()[:32]}.safetensors"
+    if path.parent.is_file():
+        raise UserError(f"--ref_log_probs_dir {path.parent} is a file: name a folder")
     lengths = [len(example.input_ids) for example in examples]
     if gather_object([path.exists()])[0]:  # what the first rank sees, for all have to go the same way
         return list(load_file(path)["logprobs_A"].split(lengths))
@@ -466,8 +468,11 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
     require_at_least(
         1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length",
-        "ref_model_sync_steps",
+        "max_eval_samples", "ref_model_sync_steps",
     )
+    require_at_least(0, args, "max_grad_norm", "warmup_steps", "weight_decay")
+    if not 0 <= args.ref_model_mixup_alpha <= 1:
+        raise UserError(f"--ref_model_mixup_alpha is a share, from 0 to 1, not {args.ref_model_mixup_alpha:g}")
     check_losses(args)
     ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
     device = ranks.device
@@ -489,7 +494,7 @@ def main(args: Args) -> None:
         rows, lambda row: encode_pair(row, tokenizer), args.max_length, args.on_overlong, ledger, args.on_empty
     )
     if not pairs:
-        raise UserError(f"{rows.name}: every row was dropped ({ledger}): raise --max_length or mend the data")
+        raise UserError(f"{rows.name}: every row was dropped ({ledger}): mend the data, or raise --max_length")
     run.print(f"train  {rows.name}: {ledger}")
 
     eval_name = args.eval_dataset_name or (args.dataset_name if is_toy else None)
@@ -504,46 +509,11 @@ def main(args: Args) -> None:
         eval_examples = [example for pair in eval_pairs for example in pair]
         eval_rows = [held_out[chosen.row] for chosen, _ in eval_pairs]
         eval_prompts = [split_pair(row)[0] for row in eval_rows]
+        if not eval_examples:
+            raise UserError(f"{held_out.name}: every row was dropped ({eval_ledger}): mend it, or raise --max_length")
         run.print(f"eval   {held_out.name}: {eval_ledger}")
 
-    # ------------------------------------------------------------------------------------------------------ 3. models
-    model = load_policy(
-        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code,
-        args.load_in_4bit, args.load_in_8bit,
-    )
-    reference = None
-    if needs_reference and not args.precompute_ref_log_probs and (args.sync_ref_model or not args.use_peft):
-        reference = copy.deepcopy(model).requires_grad_(False)
-    if args.use_peft:
-        model = add_lora(
-            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
-        )
-    speed_up(model, args.gradient_checkpointing, args.torch_compile)
-    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
-    run.print(describe(model))
-    if rewards and eval_examples:
-        prompt_ids = [e.input_ids[: e.prompt_length].tolist() for e in eval_examples]
-        limit = getattr(base_model(model).config, "max_position_embeddings", None)
-        check_prompts(prompt_ids, [0] * len(prompt_ids), args.max_completion_length, limit)
-
-    def prior():
-        """The reference: a second model, or this one without its adapter."""
-        if reference is not None:
-            return nullcontext(reference)
-        return without_adapter(model) if args.use_peft else nullcontext(model)  # the last only before training
-
-    examples = [example for pair in pairs for example in pair]
-    stored, eval_reference_B = None, torch.zeros(len(eval_examples))
-    if needs_reference and args.precompute_ref_log_probs and not args.inspect:
-        with prior() as scorer:
-            stored = reference_logprobs(scorer, examples + eval_examples, args, ranks)
-        eval_reference_B = torch.tensor([float(values_T.sum()) for values_T in stored[len(examples):]])
-    elif not args.inspect:
-        with torch.no_grad(), prior() as scorer:
-            for micro in pack(eval_examples, args.max_tokens_per_micro_batch, 1, layout, together=2)[0]:
-                eval_reference_B[micro] = score_replies(scorer, eval_examples, micro, layout).plain_logps_B.cpu()
-
-    # ------------------------------------------------------------------------------------------- 4. batch arithmetic
+    # ------------------------------------------------------------------------------------------- 3. batch arithmetic
     total_steps = args.max_steps
     if total_steps <= 0:
         total_steps = int(args.num_train_epochs * len(pairs) / args.train_batch_size)
@@ -561,6 +531,46 @@ def main(args: Args) -> None:
         f"({total_steps * args.train_batch_size / len(pairs):.2f} epochs) on {ranks.num_processes} rank(s), "
         f"peak learning rate {learning_rate:g} after {warmup_steps} warm-up steps"
     )
+
+    # ------------------------------------------------------------------------------------------------------ 4. models
+    model = load_policy(
+        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code,
+        args.load_in_4bit, args.load_in_8bit,
+    )
+    reference = None
+    if needs_reference and not args.precompute_ref_log_probs and (args.sync_ref_model or not args.use_peft):
+        reference = copy.deepcopy(model).requires_grad_(False)
+    if args.use_peft:
+        model = add_lora(
+            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
+        )
+    speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
+    run.print(describe(model))
+    longest = max((e.prompt_length for e in eval_examples), default=0) + args.max_completion_length
+    limit = getattr(base_model(model).config, "max_position_embeddings", longest)
+    if rewards and longest > limit:
+        raise UserError(
+            f"the longest evaluation prompt and --max_completion_length {args.max_completion_length} make {longest} "
+            f"tokens, and the model takes {limit}: lower it, or --max_length with --on_overlong drop"
+        )
+
+    def prior():
+        """The reference: a second model, or this one without its adapter."""
+        if reference is not None:
+            return nullcontext(reference)
+        return without_adapter(model) if args.use_peft else nullcontext(model)  # the last only before training
+
+    examples = [example for pair in pairs for example in pair]
+    stored, eval_reference_B = None, torch.zeros(len(eval_examples))
+    if needs_reference and args.precompute_ref_log_probs and not args.inspect:
+        with prior() as scorer:
+            stored = reference_logprobs(scorer, examples + eval_examples, args, ranks)
+        eval_reference_B = torch.tensor([float(values_T.sum()) for values_T in stored[len(examples):]])
+    elif not args.inspect:
+        with torch.no_grad(), prior() as scorer:
+            for micro in pack(eval_examples, args.max_tokens_per_micro_batch, 1, layout, together=2)[0]:
+                eval_reference_B[micro] = score_replies(scorer, eval_examples, micro, layout).plain_logps_B.cpu()
 
     # -------------------------------------------------------------------------------------------------- 5. optimiser
     optimizer = make_optimizer(
@@ -691,9 +701,11 @@ def main(args: Args) -> None:
             )
             if needs_reference:
                 run.gate("|log pi - log pi_ref| before the first update", ratio, f"0, below {noise:g}", ratio < noise)
-            if args.loss_type == ["sigmoid"] and not args.use_weighting:
-                log_2 = math.log(2)
-                run.gate("loss before the first update", mean["loss"], "log 2", abs(mean["loss"] - log_2) < noise)
+            finite, only_sigmoid = math.isfinite(mean["loss"]), args.loss_type == ["sigmoid"] and not args.use_weighting
+            run.gate(
+                "loss before the first update", mean["loss"], "log 2, times its weight" if only_sigmoid else "a number",
+                abs(mean["loss"] - losses["sigmoid"] * math.log(2)) < noise if only_sigmoid else finite,
+            )
 
         # 6.5 Update
         grad_norm = clip_gradients(optimizer, args.max_grad_norm)
@@ -703,7 +715,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         tokens_seen += num_tokens
         if weights_before is not None and learning_rate > 0:  # warm-up starts at a rate of 0
-            moved = weight_sum(optimizer) != weights_before
+            moved = abs(weight_sum(optimizer) - weights_before) > 0  # no, if it is no number
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
         if args.sync_ref_model and step % args.ref_model_sync_steps == 0:  # 2404.09656
@@ -758,6 +770,10 @@ def check_losses(args: Args) -> None:
         raise UserError(f"--beta must be above 0, not {args.beta:g}")
     if not 0 <= smoothing < 0.5:
         raise UserError(f"--label_smoothing is a share of wrong labels, at least 0 and below 0.5, not {smoothing:g}")
+    if args.discopop_tau <= 0:
+        raise UserError(f"--discopop_tau must be above 0, not {args.discopop_tau:g}")
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise UserError(f"--ld_alpha is a weight from 0 to 1, not {args.ld_alpha:g}")
     if "exo_pair" in kinds and smoothing == 0:
         raise UserError("--loss_type exo_pair takes the logarithm of --label_smoothing: give one above 0, such as 1e-3")
     if args.f_divergence_type != "reverse_kl" and not {*kinds} <= {*TAKE_DIVERGENCE}:

@@ -890,7 +890,7 @@ def main(args: Args) -> None:
         scheduler.step()
         optimizer.zero_grad()
         if weights_before is not None and learning_rate > 0 and grad_norm > 0:
-            moved = weight_sum(optimizer) != weights_before
+            moved = abs(weight_sum(optimizer) - weights_before) > 0  # no, if it is no number
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
         clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]

@@ -44,7 +44,7 @@ from common.data import (
     Example, Ledger, collate, draw, encode_pair, load_rows, pack, prepare_completions, require_columns, segment_sum,
     split_pair,
 )
-from common.engine import Sampling, TransformersEngine, check_prompts, request_seed, stop_ids
+from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
     add_lora, base_model, clip_gradients, compute_dtype, describe, layout_of, load_policy, load_tokenizer,
     make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum,
@@ -281,8 +281,10 @@ def evaluate_samples(
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
     require_at_least(
-        1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length"
+        1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length",
+        "max_eval_samples",
     )
+    require_at_least(0, args, "beta", "max_grad_norm", "warmup_steps", "weight_decay")
     ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
@@ -300,7 +302,7 @@ def main(args: Args) -> None:
         rows, lambda row: encode_pair(row, tokenizer), args.max_length, args.on_overlong, ledger, args.on_empty
     )
     if not pairs:
-        raise UserError(f"{rows.name}: every row was dropped ({ledger}): raise --max_length or mend the data")
+        raise UserError(f"{rows.name}: every row was dropped ({ledger}): mend the data, or raise --max_length")
     run.print(f"train  {rows.name}: {ledger}")
 
     eval_name = args.eval_dataset_name or (args.dataset_name if is_toy else None)
@@ -315,32 +317,11 @@ def main(args: Args) -> None:
         eval_examples = [example for pair in eval_pairs for example in pair]
         eval_rows = [held_out[chosen.row] for chosen, _ in eval_pairs]
         eval_prompts = [split_pair(row)[0] for row in eval_rows]
+        if not eval_examples:
+            raise UserError(f"{held_out.name}: every row was dropped ({eval_ledger}): mend it, or raise --max_length")
         run.print(f"eval   {held_out.name}: {eval_ledger}")
 
-    # ------------------------------------------------------------------------------------------------------ 3. models
-    model = load_policy(
-        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code,
-        args.load_in_4bit, args.load_in_8bit,
-    )
-    if args.use_peft:
-        model = add_lora(
-            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
-        )
-    speed_up(model, args.gradient_checkpointing, args.torch_compile)
-    share_prompts = args.share_prompts and not train_prompts
-    layout = "packed" if layout_of(model) == "shared" and not share_prompts else layout_of(model)
-    run.print(describe(model))
-    if rewards and eval_examples:
-        prompt_ids = [e.input_ids[: e.prompt_length].tolist() for e in eval_examples]
-        limit = getattr(base_model(model).config, "max_position_embeddings", None)
-        check_prompts(prompt_ids, [0] * len(prompt_ids), args.max_completion_length, limit)
-
-    first_logps_B = torch.zeros(len(eval_examples))  # of the policy before training, which evaluation compares with
-    with torch.no_grad():
-        for micro in pack(eval_examples, args.max_tokens_per_micro_batch, 1, layout, together=2)[0]:
-            first_logps_B[micro] = score_replies(model, eval_examples, micro, layout).plain_logps_B.cpu()
-
-    # ------------------------------------------------------------------------------------------- 4. batch arithmetic
+    # ------------------------------------------------------------------------------------------- 3. batch arithmetic
     total_steps = args.max_steps
     if total_steps <= 0:
         total_steps = int(args.num_train_epochs * len(pairs) / args.train_batch_size)
@@ -358,6 +339,32 @@ def main(args: Args) -> None:
         f"({total_steps * args.train_batch_size / len(pairs):.2f} epochs) on {ranks.num_processes} rank(s), "
         f"peak learning rate {learning_rate:g} after {warmup_steps} warm-up steps"
     )
+
+    # ------------------------------------------------------------------------------------------------------ 4. models
+    model = load_policy(
+        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code,
+        args.load_in_4bit, args.load_in_8bit,
+    )
+    if args.use_peft:
+        model = add_lora(
+            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
+        )
+    speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    share_prompts = args.share_prompts and not train_prompts
+    layout = "packed" if layout_of(model) == "shared" and not share_prompts else layout_of(model)
+    run.print(describe(model))
+    longest = max((e.prompt_length for e in eval_examples), default=0) + args.max_completion_length
+    limit = getattr(base_model(model).config, "max_position_embeddings", longest)
+    if rewards and longest > limit:
+        raise UserError(
+            f"the longest evaluation prompt and --max_completion_length {args.max_completion_length} make {longest} "
+            f"tokens, and the model takes {limit}: lower it, or --max_length with --on_overlong drop"
+        )
+
+    first_logps_B = torch.zeros(len(eval_examples))  # of the policy before training, which evaluation compares with
+    with torch.no_grad():
+        for micro in pack(eval_examples, args.max_tokens_per_micro_batch, 1, layout, together=2)[0]:
+            first_logps_B[micro] = score_replies(model, eval_examples, micro, layout).plain_logps_B.cpu()
 
     # -------------------------------------------------------------------------------------------------- 5. optimiser
     optimizer = make_optimizer(
@@ -447,7 +454,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         tokens_seen += num_tokens
         if weights_before is not None and learning_rate > 0:  # warm-up starts at a rate of 0
-            moved = weight_sum(optimizer) != weights_before
+            moved = abs(weight_sum(optimizer) - weights_before) > 0  # no, if it is no number
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
 

@@ -380,25 +380,16 @@ def main(args: Args) -> None:
     require_at_least(
         1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_eval_samples"
     )
+    require_at_least(0, args, "max_grad_norm", "warmup_steps", "weight_decay")
+    if (args.center_rewards_coefficient or 0.0) < 0:
+        raise UserError(f"--center_rewards_coefficient is at least 0, not {args.center_rewards_coefficient:g}")
     ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
 
-    # ------------------------------------------------------------------------------------------------------ 2. model
+    # ------------------------------------------------------------------------------------------------------- 2. data
     tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
-    model = load_scorer(
-        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code
-    )
-    if args.use_peft:
-        model = add_lora(
-            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
-        )
-    speed_up(model, args.gradient_checkpointing, args.torch_compile)
-    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
-    run.print(describe(model))
-
-    # ------------------------------------------------------------------------------------------------------- 3. data
     train = load_replies(args.dataset_name, args.dataset_split, [PAIRS, RATINGS], tokenizer, args, run)
     if train.columns == RATINGS and train.target_P.min() == train.target_P.max():
         raise UserError(f"{train.name}: every score is {train.target_P[0]:g}, so there is nothing to learn from them")
@@ -416,6 +407,18 @@ def main(args: Args) -> None:
     }
     reference_name = args.normalize_dataset_name or args.dataset_name
     references = load_replies(reference_name, args.normalize_split, [PAIRS, REFERENCES], tokenizer, args, run)
+
+    # ------------------------------------------------------------------------------------------------------ 3. model
+    model = load_scorer(
+        args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code
+    )
+    if args.use_peft:
+        model = add_lora(
+            model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
+        )
+    speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
+    run.print(describe(model))
     config = model.config.get_text_config()
     ends = {int(example.input_ids[-1]) for group in train.groups for example in group}
     padding = padding_token(tokenizer, ends | set(stop_ids(tokenizer, getattr(config, "eos_token_id", None))))
@@ -499,7 +502,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         tokens_seen += num_tokens
         if weights_before is not None and learning_rate > 0:  # warm-up starts at a rate of 0
-            moved = weight_sum(optimizer) != weights_before
+            moved = abs(weight_sum(optimizer) - weights_before) > 0  # no, if it is no number
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
 

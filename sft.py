@@ -284,6 +284,16 @@ def main(args: Args) -> None:
         eval_rows = [held_out[example.row] for example in eval_examples]
         run.print(f"eval   {held_out.name}: {eval_ledger}")
     rewards = [load_reward(name) for name in args.eval_reward_funcs or ["common.toy:exact_match"] * is_toy]
+    prompts = [prompt_of(row) for row in eval_rows]
+    if prompts and prompts[0] is not None:
+        lengths = [len(encode_prompt(prompt, tokenizer, row.get("tools"))) for prompt, row in zip(prompts, eval_rows)]
+        longest = max(lengths) + args.max_completion_length
+        limit = getattr(model.config, "max_position_embeddings", longest)
+        if longest > limit:
+            raise UserError(
+                f"the longest evaluation prompt and --max_completion_length {args.max_completion_length} make "
+                f"{longest} tokens, and the model takes {limit}: lower it, or --max_length with --on_overlong drop"
+            )
 
     # ------------------------------------------------------------------------------------------ 4. batch arithmetic
     total_steps = args.max_steps
@@ -362,7 +372,7 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
         tokens_seen += num_tokens
         if weights_before is not None and learning_rate > 0:  # warm-up starts at a rate of 0
-            moved = weight_sum(optimizer) != weights_before
+            moved = abs(weight_sum(optimizer) - weights_before) > 0  # no, if it is no number
             run.gate("weights moved by the first update", float(moved), "1", moved)
             weights_before = None
 

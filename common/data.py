@@ -126,7 +126,7 @@ def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ..
     close = {column: difflib.get_close_matches(column, rows.columns, n=1) for column in missing}
     hints = "".join(f"; should {found[0]!r} be called {column!r}?" for column, found in close.items() if found)
     needed = " or ".join(" + ".join(columns) for columns in alternatives)
-    plural = "s" * (len(missing) > 1)
+    plural = "s" * (" " in needed)
     raise UserError(f"{rows.name} needs the column{plural} {needed}, and has {', '.join(rows.columns)}{hints}")
 
 
@@ -170,7 +170,10 @@ def _load_local(path: Path, split: str) -> Rows:
     if kind is None:
         raise UserError(f"{path}: such a file cannot be read here, but .jsonl, .json (also .gz), .parquet and .csv can")
     if path.is_file() and split != "train" and split not in path.name:
-        raise UserError(f"{path} is one file and has no split {split!r}; name that split's file, or a folder with both")
+        raise UserError(
+            f"{path} is one file and has no split {split!r}; name a folder with both, or ask for the split train, "
+            "which is the whole file"
+        )
     if kind in ("parquet", "csv"):
         names = list(map(str, files))
         return _load_with(path, lambda datasets: datasets.load_dataset(kind, data_files=names, split="train"))
@@ -359,6 +362,9 @@ def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
     word in which they part. UserError where they have nothing in common, or do not begin with the prompt given.
     """
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for side in ("chosen", "rejected"):
+        if row[side] is None:
+            raise EmptyRow(f"the {side} reply is missing")
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
         raise UserError(f"chosen and rejected are both texts or both lists of messages, and these are {kinds}")
@@ -371,7 +377,7 @@ def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
             found = re.match(r"(?s).*\S(?=\s)", common)  # up to the last word that a space follows
             prompt = found[0] if found else ""
             if not prompt:
-                raise UserError("chosen and rejected do not begin alike, so there is no prompt; give a column prompt")
+                raise UserError("chosen and rejected share no first word, so there is no prompt; give a column prompt")
             return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
         if not isinstance(prompt, str):
             raise UserError("chosen and rejected are texts, and the prompt is not")

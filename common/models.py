@@ -558,11 +558,13 @@ def make_optimizer(model, learning_rate: float, betas: tuple[float, float], eps:
     """AdamW over the trainable parameters: fused where they are fp32, with fp32 masters where they are not.
 
     Raises:
-        UserError: nothing to train.
+        UserError: nothing to train, or a negative rate.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("the model has no trainable parameter")
+    if learning_rate < 0:
+        raise UserError(f"--learning_rate must be at least 0, not {learning_rate:g}")
     options = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
     if all(p.dtype == torch.float32 for p in parameters):
         return torch.optim.AdamW(parameters, **options)

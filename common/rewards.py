@@ -67,10 +67,11 @@ def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | No
         return RewardFunction(spec.rpartition(":")[2], _import_function(spec))
     if "/" not in spec and not Path(spec).is_dir():
         near = difflib.get_close_matches(spec, [*here, "reasoning_gym", "math_verify"], n=1)
-        hint = f"did you mean {near[0]}? Or give" if near else "give"
+        hint = f"did you mean {near[0]}? Or give " if near else "give "
+        hint += "one of the script's functions, " * bool(here)
         raise UserError(
-            f"there is no function {spec} to use as a reward; {hint} one of the script's functions, module:function, "
-            "file.py:function, reasoning_gym, math_verify, or a reward model's folder"
+            f"there is no function {spec} to use as a reward; {hint}"
+            "module:function, file.py:function, reasoning_gym, math_verify, or a reward model's folder"
         )
     name = Path(spec).parent.name if Path(spec).name == "final" else Path(spec).name  # runs/reward/final: reward
     return RewardFunction(name, load_reward_model(spec, torch.device(device)))

@@ -151,7 +151,7 @@ PREFERENCES = [  # the same for all that take pairs
     ("--dataset_name equal.jsonl", ["equal.jsonl, line 4", "are equal", "--on_empty drop"]),
     ("--dataset_name all_equal.jsonl --on_empty drop", ["all_equal.jsonl", "every row was dropped", "8 dropped"]),
     ("--dataset_name half.jsonl", ["half.jsonl, line 4", "rejected reply is empty", "--on_empty drop"]),
-    ("--dataset_name null.jsonl", ["null.jsonl, line 4", "chosen", "rejected", "NoneType"]),
+    ("--dataset_name null.jsonl", ["null.jsonl, line 4", "the rejected reply is missing", "--on_empty drop"]),
     ("--dataset_name ragged_pairs.jsonl", ["ragged_pairs.jsonl, line 9", "'rejected'", "only prompt, chosen"]),
     ("--dataset_name choosen.jsonl", ["choosen.jsonl", "'choosen'", "called 'chosen'"]),
     ("--dataset_name long.jsonl --max_length 10", ["long.jsonl, line 4", "15 tokens", "--max_length 15", "drop"]),
@@ -171,7 +171,7 @@ HELD_OUT = "--eval_dataset_name pairs.jsonl --eval_split train --eval_reward_fun
 CASES += [
     case for script in ("dpo", "kto", "orpo") for case in (
         (f"{script} {HELD_OUT}nann", ["rewards.py has no function nann", "did you mean nan?"]),
-        (f"{script} {HELD_OUT}nan --max_completion_length 61", ["4 tokens", "64 the model takes", "--max_completion"]),
+        (f"{script} {HELD_OUT}nan --max_completion_length 61", ["65 tokens", "takes 64", "--max_completion"]),
     )
 ]  # fmt: skip
 DROPPED = [  # flags, what the ledger says
@@ -312,8 +312,11 @@ def test_as_a_program(command, files):
 
 
 def test_a_failing_last_evaluation_does_not_cost_the_model(tmp_path):
-    """Completions longer than the model's positions are seen only when the evaluation generates: after the training."""
-    args = sft.Args(output_dir=str(tmp_path), max_steps=2, train_batch_size=8, max_completion_length=64)
-    with pytest.raises(UserError, match="--max_completion_length"):
-        sft.main(args)
-    assert (tmp_path / "final/model.safetensors").exists()
+    """A reward that fails is seen only when the evaluation calls it: after the training."""
+    (tmp_path / "rewards.py").write_text("def nan(prompts, completions, **_):\n    return [float('nan')] * len(prompts)")
+    with pytest.raises(UserError, match="nan returned nan"):
+        sft.main(sft.Args(
+            output_dir=str(tmp_path / "run"), max_steps=2, train_batch_size=8,
+            eval_reward_funcs=[f"{tmp_path}/rewards.py:nan"],
+        ))
+    assert (tmp_path / "run/final/model.safetensors").exists()

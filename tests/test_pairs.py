@@ -118,12 +118,11 @@ def test_a_chat_reply_is_what_follows_the_last_common_message():
 
 @pytest.mark.parametrize(("row", "words"), [
     ({"chosen": "a", "rejected": [assistant("b")]}, "both texts or both lists of messages, and these are str and list"),
-    ({"prompt": "p", "chosen": None, "rejected": "b"}, "these are NoneType and str"),
     ({"prompt": "p", "chosen": 1, "rejected": 2}, "these are int and int"),
     ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, "are texts, and the prompt is not"),
-    ({"chosen": "Yes", "rejected": "No"}, "do not begin alike, so there is no prompt; give a column prompt"),
-    ({"chosen": "Yesterday", "rejected": "Yes"}, "do not begin alike"),
-    ({"chosen": "\n\nHuman: a", "rejected": "\n\nHello"}, "do not begin alike"),
+    ({"chosen": "Yes", "rejected": "No"}, "share no first word, so there is no prompt; give a column prompt"),
+    ({"chosen": "Yesterday", "rejected": "Yes"}, "share no first word"),
+    ({"chosen": "\n\nHuman: a", "rejected": "\n\nHello"}, "share no first word"),
     ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no message in common, .* give a column prompt"),
     ({**FORMS["implicit"], "prompt": "Two plus three?"}, "what they have in common is not the prompt"),
     ({**FORMS["implicit"], "prompt": QUESTION[:1]}, "what they have in common is not the prompt"),
@@ -226,7 +225,7 @@ def test_a_row_that_is_wrong_stays_wrong_when_empty_ones_are_dropped():
     for row, words in (
         ({"prompt": "p", "chosen": "a"}, "this row has no 'rejected', only prompt, chosen"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
-        ({"chosen": "Yes", "rejected": "No"}, "do not begin alike"),
+        ({"chosen": "Yes", "rejected": "No"}, "share no first word"),
         ({"chosen": FORMS["implicit"]["chosen"], "rejected": more}, "one message of the assistant"),
         ({**FORMS["explicit"], "prompt": QUESTION[:2]}, "belongs into the completion|one message of the assistant"),
     ):
