@@ -464,6 +464,34 @@ def evaluate_samples(
     return metrics
 
 
+def check_losses(args: Args) -> None:
+    """UserError for losses that do not go with the other flags."""
+    kinds, smoothing = args.loss_type, args.label_smoothing
+    if not kinds or len({*kinds}) < len(kinds):
+        raise UserError("--loss_type takes one or several losses, each once")
+    if args.loss_weights and len(args.loss_weights) != len(kinds):
+        raise UserError(f"{len(args.loss_weights)} --loss_weights for {len(kinds)} of --loss_type: give one each")
+    if args.beta <= 0:
+        raise UserError(f"--beta must be above 0, not {args.beta:g}")
+    if not 0 <= smoothing < 0.5:
+        raise UserError(f"--label_smoothing is a share of wrong labels, at least 0 and below 0.5, not {smoothing:g}")
+    if args.discopop_tau <= 0:
+        raise UserError(f"--discopop_tau must be above 0, not {args.discopop_tau:g}")
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise UserError(f"--ld_alpha is a weight from 0 to 1, not {args.ld_alpha:g}")
+    if "exo_pair" in kinds and smoothing == 0:
+        raise UserError("--loss_type exo_pair takes the logarithm of --label_smoothing: give one above 0, such as 1e-3")
+    if args.f_divergence_type != "reverse_kl" and not {*kinds} <= {*TAKE_DIVERGENCE}:
+        others = ", ".join(kind for kind in kinds if kind not in TAKE_DIVERGENCE)
+        raise UserError(f"--f_divergence_type {args.f_divergence_type} has no meaning for --loss_type {others}")
+    if args.use_weighting and {"aot", "aot_unpaired"} & {*kinds}:
+        raise UserError("--use_weighting weighs pairs, and the aot losses compare across pairs: leave one of them out")
+    if args.sync_ref_model and (args.precompute_ref_log_probs or {*kinds} <= {*REFERENCE_FREE}):
+        raise UserError("--sync_ref_model needs a reference that is scored at every step, not precomputed, not none")
+    if args.sync_ref_model and (args.load_in_4bit or args.load_in_8bit):
+        raise UserError("--sync_ref_model mixes weights, which quantised ones do not allow: load them whole")
+
+
 def main(args: Args) -> None:
     # ------------------------------------------------------------------------------------------------------ 1. setup
     require_at_least(
@@ -757,34 +785,6 @@ def main(args: Args) -> None:
             })
 
     run.close()
-
-
-def check_losses(args: Args) -> None:
-    """UserError for losses that do not go with the other flags."""
-    kinds, smoothing = args.loss_type, args.label_smoothing
-    if not kinds or len({*kinds}) < len(kinds):
-        raise UserError("--loss_type takes one or several losses, each once")
-    if args.loss_weights and len(args.loss_weights) != len(kinds):
-        raise UserError(f"{len(args.loss_weights)} --loss_weights for {len(kinds)} of --loss_type: give one each")
-    if args.beta <= 0:
-        raise UserError(f"--beta must be above 0, not {args.beta:g}")
-    if not 0 <= smoothing < 0.5:
-        raise UserError(f"--label_smoothing is a share of wrong labels, at least 0 and below 0.5, not {smoothing:g}")
-    if args.discopop_tau <= 0:
-        raise UserError(f"--discopop_tau must be above 0, not {args.discopop_tau:g}")
-    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
-        raise UserError(f"--ld_alpha is a weight from 0 to 1, not {args.ld_alpha:g}")
-    if "exo_pair" in kinds and smoothing == 0:
-        raise UserError("--loss_type exo_pair takes the logarithm of --label_smoothing: give one above 0, such as 1e-3")
-    if args.f_divergence_type != "reverse_kl" and not {*kinds} <= {*TAKE_DIVERGENCE}:
-        others = ", ".join(kind for kind in kinds if kind not in TAKE_DIVERGENCE)
-        raise UserError(f"--f_divergence_type {args.f_divergence_type} has no meaning for --loss_type {others}")
-    if args.use_weighting and {"aot", "aot_unpaired"} & {*kinds}:
-        raise UserError("--use_weighting weighs pairs, and the aot losses compare across pairs: leave one of them out")
-    if args.sync_ref_model and (args.precompute_ref_log_probs or {*kinds} <= {*REFERENCE_FREE}):
-        raise UserError("--sync_ref_model needs a reference that is scored at every step, not precomputed, not none")
-    if args.sync_ref_model and (args.load_in_4bit or args.load_in_8bit):
-        raise UserError("--sync_ref_model mixes weights, which quantised ones do not allow: load them whole")
 
 
 if __name__ == "__main__":
