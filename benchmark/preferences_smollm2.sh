@@ -15,7 +15,7 @@ common=(
   --max_length 192 --on_overlong drop --train_batch_size 32 --logging_steps 1 --seed "${SEED:-0}"
 )
 policy=(
-  --dataset_split 'train[:2560]' --learning_rate 1e-5
+  --dataset_split 'train[:1664]' --learning_rate 2e-5
   --eval_reward_funcs $runs/reward/final --max_completion_length 48 --max_eval_samples 192
 )
 train() { "$python" "$1.py" "${common[@]}" "${@:3}" --output_dir "$runs/$2"; }

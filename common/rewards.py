@@ -31,7 +31,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.data import encode_completion, encode_prompt
-from common.models import compute_dtype
 from common.run import UserError
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -232,7 +231,7 @@ def load_reward_model(name: str, device: torch.device, max_tokens: int = 16_384)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=compute_dtype("auto", device), output_loading_info=True
+            name, dtype="auto", output_loading_info=True  # as it was trained
         )
     except (OSError, ValueError) as error:
         raise UserError(

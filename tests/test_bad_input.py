@@ -313,7 +313,7 @@ def test_as_a_program(command, files):
 
 def test_a_failing_last_evaluation_does_not_cost_the_model(tmp_path):
     """A reward that fails is seen only when the evaluation calls it: after the training."""
-    (tmp_path / "rewards.py").write_text("def nan(prompts, completions, **_):\n    return [float('nan')] * len(prompts)")
+    (tmp_path / "rewards.py").write_text("nan = lambda prompts, completions, **_: [float('nan')] * len(prompts)")
     with pytest.raises(UserError, match="nan returned nan"):
         sft.main(sft.Args(
             output_dir=str(tmp_path / "run"), max_steps=2, train_batch_size=8,

@@ -380,3 +380,12 @@ def test_a_model_that_cannot_score_is_one_sentence(config, words, tmp_path):
     with pytest.raises(UserError) as error:
         load_scorer(str(tmp_path), torch.float32, torch.device("cpu"))
     assert re.fullmatch(f"--model_name_or_path {re.escape(str(tmp_path))} {words}", str(error.value))
+
+
+def test_the_padding_token_is_trained_like_any_other():
+    """Where it ends turns, as in SmolLM2, its input embedding has to learn; stock embeddings mask its gradient."""
+    model = load_policy("toy", torch.float32, torch.device("cpu"))
+    padding = model.config.pad_token_id
+    example = Example([1, 5, padding, 6, 7], [False, True, True, True, True], row=0)
+    score_tokens(model, collate([example], [0], "cpu")).logprobs_N.sum().backward()
+    assert padding is not None and model.get_input_embeddings().weight.grad[padding].abs().sum() > 0
