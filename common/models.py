@@ -300,8 +300,8 @@ def _first(error: Exception) -> str:
 
 def prepare_model(model):
     """Dropout off, eval mode, and the most economical layout that gives the hidden states of separate sequences."""
-    # Stock embeddings take no gradient for the padding token; but nothing is padded here, and some chat models (SmolLM2)
-    # pad with their end of turn.
+    # Stock embeddings take no gradient for the padding token. But nothing is padded here, and some chat models, as
+    # SmolLM2, pad with their end of turn.
     model.get_input_embeddings().padding_idx = None
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
