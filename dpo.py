@@ -26,7 +26,7 @@ Departures from the papers and from what is usual
   1. Every sum is divided by a count of the whole optimiser step. What looks across pairs (the sorts of AOT, the running
      mean of BCO) looks at all of the step, from a pass without gradient before it. No result depends on micro-batches.
   2. Nothing is padded, and the two replies of a pair share the tokens of their prompt, which are computed once
-     (--no-share_prompts computes them twice; the log-probs are the same).
+     (--no_share_prompts computes them twice; the log-probs are the same).
   3. ipo takes the mean over tokens, as its authors do; the sum would want another beta for every length.
   4. `sft` is a mean over the chosen tokens of the step, not over pairs.
   5. rewards/accuracies counts a tie as a half, so that it is 0.5 before the first update (not with

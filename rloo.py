@@ -11,7 +11,7 @@ On policy, with one step a rollout, rho is 1 and this is REINFORCE. Two axes mak
     RLOO                    2402.14740   --baseline leave_one_out
     ReMax                   2310.10505   --baseline greedy
     REINFORCE                            --baseline batch_mean
-    REINFORCE++             2501.03262   --baseline none --normalize_advantages, with the KL of a whole completion
+    REINFORCE++             2501.03262   --baseline none --normalize_advantages    (see departure 5)
     REINFORCE++ baseline    2501.03262   --baseline leave_one_out --normalize_advantages
 
 What differs from grpo.py (`diff rloo.py grpo.py`)

@@ -13,11 +13,12 @@ import grpo
 import kto
 import orpo
 import reward
+import rloo
 import sft
 from common.run import parse_flags
 
 ROOT = Path(grpo.__file__).parent
-SCRIPTS = {f"{script.__name__}.py": script for script in (sft, reward, dpo, kto, orpo, grpo)}
+SCRIPTS = {f"{script.__name__}.py": script for script in (sft, reward, dpo, kto, orpo, grpo, rloo)}
 PAGES = [page for page in (ROOT / "README.md", ROOT / "benchmark" / "README.md") if page.exists()]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
@@ -82,7 +83,7 @@ def test_flags_in_a_docstring(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["readme"])
     text = re.sub(r"^ {4}(python|torchrun) .*", "", SCRIPTS[script].__doc__, flags=re.MULTILINE)
     known = {name for other in SCRIPTS.values() for name in other.Args.__dataclass_fields__}
-    assert set(re.findall(r"--(?:no-)?(\w+)", text)) <= known
+    assert set(re.findall(r"--(?:no[-_])?(\w+)", text)) <= known
     for recipe in re.findall(r"(?<= {2})--\w+ \w.*?(?=  |$)", text, flags=re.MULTILINE):
         assert takes(script, shlex.split(recipe)), recipe
 
