@@ -35,6 +35,7 @@ def trl_model(folder: str, weights: torch.Tensor, temperature: float = 1.0):
     from trl.trainer.utils import add_fused_lm_head
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    model.get_input_embeddings().padding_idx = None  # the toy samples its padding token, which is then one like others
     torch.nn.utils.vector_to_parameters(weights, model.parameters())
     add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
     return model
