@@ -201,7 +201,8 @@ def prompt_of(row: dict):
 
 @torch.no_grad()
 def evaluate_sft(
-    model, tokenizer, examples: list[Example], rows: list[dict], rewards: list, run: Run, args: Args, step: int
+    model, tokenizer, examples: list[Example], rows: list[dict], prompts: list, prompt_ids: list[list[int]],
+    rewards: list, run: Run, args: Args, step: int,
 ) -> dict[str, float]:
     """Loss and token accuracy on held-out rows; mean score of sampled (T=1) and greedy completions of their prompts."""
     sums = torch.zeros(3, dtype=torch.float64)
@@ -211,10 +212,8 @@ def evaluate_sft(
         sums += torch.stack([-scores.logprobs_N.sum(), scores.correct_N.sum(), batch.loss_mask_N.sum()]).double().cpu()
     metrics = {"eval/loss": sums[0] / sums[2], "eval/mean_token_accuracy": sums[1] / sums[2]}
 
-    prompts = [prompt_of(row) for row in rows]
-    if prompts[0] is None:
+    if not prompt_ids:  # texts
         return {name: float(value) for name, value in metrics.items()}
-    prompt_ids = [encode_prompt(prompt, tokenizer, row.get("tools")) for prompt, row in zip(prompts, rows)]
     engine = TransformersEngine(model)
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     for suffix, temperature in (("", 1.0), ("_greedy", 0.0)):
@@ -284,10 +283,10 @@ def main(args: Args) -> None:
         eval_rows = [held_out[example.row] for example in eval_examples]
         run.print(f"eval   {held_out.name}: {eval_ledger}")
     rewards = [load_reward(name) for name in args.eval_reward_funcs or ["common.toy:exact_match"] * is_toy]
-    prompts = [prompt_of(row) for row in eval_rows]
+    prompts, prompt_ids = [prompt_of(row) for row in eval_rows], []
     if prompts and prompts[0] is not None:
-        lengths = [len(encode_prompt(prompt, tokenizer, row.get("tools"))) for prompt, row in zip(prompts, eval_rows)]
-        longest = max(lengths) + args.max_completion_length
+        prompt_ids = [encode_prompt(prompt, tokenizer, row.get("tools")) for prompt, row in zip(prompts, eval_rows)]
+        longest = max(map(len, prompt_ids)) + args.max_completion_length
         limit = getattr(model.config, "max_position_embeddings", longest)
         if longest > limit:
             raise UserError(
@@ -392,7 +391,9 @@ def main(args: Args) -> None:
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            metrics = evaluate_sft(model, tokenizer, eval_examples, eval_rows, rewards, run, args, step)
+            metrics = evaluate_sft(
+                model, tokenizer, eval_examples, eval_rows, prompts, prompt_ids, rewards, run, args, step
+            )
             run.log(step, metrics)
             run.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if args.save_steps and step % args.save_steps == 0 and not last:

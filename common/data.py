@@ -382,10 +382,10 @@ def split_pair(row: dict) -> tuple[str | Chat, str | Chat, str | Chat]:
         if not isinstance(prompt, str):
             raise UserError("chosen and rejected are texts, and the prompt is not")
         return prompt, chosen, rejected
-    if isinstance(prompt, list) and (len(chosen), len(rejected)) == (1, 1):
+    if prompt is not None and (len(chosen), len(rejected)) == (1, 1):
+        if not isinstance(prompt, list):
+            raise UserError("the prompt is text and the replies are messages; write both as messages")
         return prompt, chosen, rejected
-    if isinstance(prompt, str) and (len(chosen), len(rejected)) == (1, 1):
-        raise UserError("the prompt is text and the replies are messages; write both as messages")
     # The replies come with the conversation before them; a prompt that is text repeats the last question
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     if not common:

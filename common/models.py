@@ -361,10 +361,10 @@ def add_lora(model, r: int, alpha: int, target_modules: list[str], use_rslora: b
 
     if any("lm_head" in name or "embed_out" in name for name in target_modules):
         raise UserError("--lora_target_modules names the output head: its adapter is not supported, leave the head out")
+    task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if is_scorer(model) else {"task_type": "CAUSAL_LM"}
     config = LoraConfig(
         r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", use_rslora=use_rslora,
-        use_dora=use_dora, **({"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if is_scorer(model) else
-                              {"task_type": "CAUSAL_LM"}),
+        use_dora=use_dora, **task,
     )
     for parameter in model.parameters():
         vars(parameter).pop("exact", None)  # frozen from here on
