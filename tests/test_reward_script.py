@@ -4,6 +4,7 @@ T21 to T23 of the list of known bugs that this project was planned with: the sco
 whatever pads it, the head is one label and reproducible, and the model scores the ids that it was trained on.
 """
 
+import filecmp
 import json
 import math
 import random
@@ -443,7 +444,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(policy, tmp_path, monkeypatch):
         reward.main(reward.Args(output_dir=str(tmp_path / "cut"), **flags))
     reward.main(reward.Args(output_dir=str(tmp_path / "cut"), resume=True, **flags))
     for name in ("metrics.jsonl", "final/model.safetensors", "final/config.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert filecmp.cmp(tmp_path / "cut" / name, tmp_path / "whole" / name, shallow=False), name
 
 
 # ------------------------------------------------------------------------------------------------------- learning

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import filecmp
 import itertools
 import json
 import math
@@ -344,7 +345,7 @@ def test_resumed_run_ends_with_the_same_bytes(tmp_path, die_after):
     train(args_in(tmp_path / "killed"), die_after)
     assert train(args_in(tmp_path / "killed", resume=True)) == weights
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "killed/run" / name).read_bytes() == (tmp_path / "whole/run" / name).read_bytes()
+        assert filecmp.cmp(tmp_path / "killed/run" / name, tmp_path / "whole/run" / name, shallow=False), name
     assert [line["step"] for line in lines(tmp_path / "killed/run/clock.jsonl")] == [1, 2, 3, 4, 5, 6]
     environment = json.loads((tmp_path / "killed/run/environment.json").read_text())
     assert environment["run_id"] == environment["before_resume"]["run_id"]
@@ -413,7 +414,7 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     assert train(args_in(tmp_path, resume=True)) == weights
     printed = capsys.readouterr().out
     assert "step-00000004 is torn" in printed and "resuming after step 2" in printed
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/run/metrics.jsonl").read_bytes()
+    assert filecmp.cmp(tmp_path / "run/metrics.jsonl", tmp_path / "whole/run/metrics.jsonl", shallow=False)
     assert read_manifest(tmp_path / "run/checkpoints/step-00000004") is not None
 
 
