@@ -218,11 +218,13 @@ def load_policy(
     return prepare_model(model)
 
 
-def load_scorer(name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
-    """A reward model, of the class AutoModelForSequenceClassification: the body of a causal model and a scalar head.
+def load_scorer(
+    name: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False, zero_head: bool = False
+):
+    """A reward or value model, of the class AutoModelForSequenceClassification: a causal model's body, a scalar head.
 
-    The head is fp32, without bias, drawn from N(0, 1 / (d + 1)) by the global generator (seed first); of a folder that
-    holds a reward model already it is that model's.
+    The head is fp32 and without bias. A folder that holds such a model already has its own; else it is drawn from
+    N(0, 1 / (d + 1)) by the global generator (seed first), or 0 with `zero_head`.
 
     Raises:
         UserError: nothing loadable there, or a model that transformers has no such class for.
@@ -234,15 +236,17 @@ def load_scorer(name: str, dtype: torch.dtype, device: torch.device, trust_remot
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise UserError(f"--model_name_or_path {name} cannot become a reward model: {_first(error)}")
+        raise UserError(f"the model {name} cannot become a reward model: {_first(error)}")
     if not is_scorer(model):
-        raise UserError(f"--model_name_or_path {name} cannot become a reward model: it is no causal model with a score")
+        raise UserError(f"the model {name} cannot become a reward model: it is no causal model with a score")
     setattr(model, model.base_model_prefix, policy.base_model)
     width = model.score.in_features
     model.score = torch.nn.Linear(width, 1, bias=False, device=device)
     if "ForSequenceClassification" in str(config.architectures):
         before = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32)
         model.score.weight.data.copy_(before.score.weight)
+    elif zero_head:
+        torch.nn.init.zeros_(model.score.weight)
     else:
         torch.nn.init.normal_(model.score.weight, std=(width + 1) ** -0.5)
     model.layout = policy.layout
@@ -278,19 +282,19 @@ def _source(name: str) -> dict:
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
-            raise UserError(f"--model_name_or_path {name}: no such .gguf file")
+            raise UserError(f"the model {name}: no such .gguf file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {name}: that folder holds no config.json, so it is not a model")
+            raise UserError(f"the model {name}: that folder holds no config.json, so it is not a model")
         return {"pretrained_model_name_or_path": str(path)}
     if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
         hint = "; run `python sft.py` first, which writes it" if name == "runs/sft/final" else ""
-        raise UserError(f"--model_name_or_path {name}: no such folder{hint}")
+        raise UserError(f"the model {name}: no such folder{hint}")
     try:
         AutoConfig.from_pretrained(name)
     except OSError as error:
-        raise UserError(f"--model_name_or_path {name}: no folder here, and the hub does not give it ({_first(error)})")
+        raise UserError(f"the model {name}: no folder here, and the hub does not give it ({_first(error)})")
     return {"pretrained_model_name_or_path": name}
 
 
@@ -489,12 +493,16 @@ def _logits(hidden_KE, weight_VE, bias_V, temperature: float, softcap: float | N
     return z if temperature == 1.0 else z / temperature, slope
 
 
-def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False) -> TokenScores:
+def score_tokens(
+    model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False, hidden_NE: torch.Tensor | None = None
+) -> TokenScores:
     """Score every token that carries loss: log-probability and, if `statistics`, the rest of TokenScores (else zeros).
 
-    `temperature` divides the logits, as the sampler's did. Statistics cost some passes over the logits.
+    `temperature` divides the logits, as the sampler's did. Statistics cost some passes over the logits. `hidden_NE` are
+    the model's hidden states, where another head needs them as well.
     """
-    hidden_NE = hidden_states(model, batch)
+    if hidden_NE is None:
+        hidden_NE = hidden_states(model, batch)
     core = base_model(model)
     head = core.get_output_embeddings()
     position_K = batch.loss_mask_N.nonzero()[:, 0]
@@ -514,6 +522,13 @@ def score_ends(model, batch: MicroBatch) -> torch.Tensor:
     """The scorer's output [B], fp32, at the last token of each sequence, found by length."""
     last_B = batch.cu_seqlens[1:].long() - 1
     return base_model(model).score(hidden_states(model, batch)[last_B].float())[:, 0]
+
+
+def score_states(model, batch: MicroBatch, hidden_NE: torch.Tensor) -> torch.Tensor:
+    """The scorer's output [N], fp32, for every token that carries loss, at the position before it; 0 elsewhere."""
+    position_K = batch.loss_mask_N.nonzero()[:, 0]
+    score_K = base_model(model).score(hidden_NE[batch.source_N[position_K]].float())[:, 0]
+    return torch.zeros(len(hidden_NE), device=hidden_NE.device).index_put((position_K,), score_K)
 
 
 # ------------------------------------------------------------------------------------------------ optimiser

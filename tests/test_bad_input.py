@@ -6,6 +6,7 @@
 import gzip
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,15 +19,18 @@ import dpo
 import grpo
 import kto
 import orpo
+import ppo
 import reward
+import rloo
 import sft
 from common.run import UserError, launch
 
 ROOT = Path(grpo.__file__).parent
-SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo, "kto": kto, "orpo": orpo, "reward": reward}
+SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo, "kto": kto, "orpo": orpo, "reward": reward, "rloo": rloo, "ppo": ppo}
 PAIRED = "--dataset_name pairs.jsonl --model_name_or_path toy --chat_template chat.jinja --train_batch_size 4"
 USUAL = {
-    "sft": "--dataset_name good.jsonl", "grpo": "--dataset_name good.jsonl --model_name_or_path toy",
+    "sft": "--dataset_name good.jsonl",
+    **dict.fromkeys(("grpo", "rloo", "ppo"), "--dataset_name good.jsonl --model_name_or_path toy"),
     "dpo": PAIRED, "orpo": PAIRED, "reward": f"{PAIRED} --normalize_split train",
     "kto": PAIRED.replace("pairs", "labelled"),
 }  # fmt: skip
@@ -167,6 +171,18 @@ PREFERENCES = [  # the same for all that take pairs
     ("--model_name_or_path runs/sft/final", ["runs/sft/final", "no such folder", "run `python sft.py` first"]),
 ]  # fmt: skip
 CASES += [(f"{script} {flags}", parts) for script in ("dpo", "kto", "orpo", "reward") for flags, parts in PREFERENCES]
+CASES += [
+    (command.replace("grpo", script, 1), parts) for command, parts in CASES for script in ("rloo", "ppo")
+    if command.startswith("grpo") and not re.search("num_generations|surrogate", f"{command} {parts}")
+]  # fmt: skip
+CASES += [
+    ("rloo --num_generations 1", ["--num_generations", "at least 2"]),
+    ("rloo --baseline greedy --dynamic_sampling", ["--baseline greedy", "--dynamic_sampling"]),
+    ("ppo --num_generations 3", ["256", "--num_generations 3", "258"]),
+    ("ppo --critic_warmup_steps 400", ["--critic_warmup_steps", "--max_steps"]),
+    ("ppo --kl_target 6 --beta 0", ["--kl_target", "--beta"]),
+    ("ppo --value_model critics/mine/final", ["critics/mine/final", "no such folder"]),
+]
 HELD_OUT = "--eval_dataset_name pairs.jsonl --eval_split train --eval_reward_funcs rewards.py:"
 CASES += [
     case for script in ("dpo", "kto", "orpo") for case in (

@@ -19,6 +19,11 @@ FLAGS = {
     "grpo": "--model_name_or_path toy --generation_batch_size 36 --num_generations 4 --max_tokens_per_micro_batch 120 "
     "--beta 0.02 --entropy_coef 0.01 --num_iterations 2 --top_entropy_quantile 0.7 --warmup_steps 0 --max_steps 4 "
     "--reward_funcs common.toy:graded",
+    "ppo": "--model_name_or_path toy --generation_batch_size 37 --steps_per_generation 1 --kl_horizon 1000 "
+    "--max_tokens_per_micro_batch 120 --kl_target 0.01 --critic_warmup_steps 1 "
+    "--warmup_steps 0 --max_steps 4 --reward_funcs common.toy:graded",
+    "rloo": "--model_name_or_path toy --generation_batch_size 36 --num_generations 4 --max_tokens_per_micro_batch 120 "
+    "--num_iterations 2 --warmup_steps 0 --max_steps 4 --reward_funcs common.toy:graded",
     "dpo": PAIRS + "--loss_type aot_unpaired bco_pair sft --ld_alpha 0.5",
     "kto": PAIRS,
     "orpo": PAIRS + "--completion_only_loss False",

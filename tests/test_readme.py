@@ -12,13 +12,14 @@ import dpo
 import grpo
 import kto
 import orpo
+import ppo
 import reward
 import rloo
 import sft
 from common.run import parse_flags
 
 ROOT = Path(grpo.__file__).parent
-SCRIPTS = {f"{script.__name__}.py": script for script in (sft, reward, dpo, kto, orpo, grpo, rloo)}
+SCRIPTS = {f"{script.__name__}.py": script for script in (sft, reward, dpo, kto, orpo, ppo, grpo, rloo)}
 PAGES = [page for page in (ROOT / "README.md", ROOT / "benchmark" / "README.md") if page.exists()]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILES = ["final/model.safetensors", "metrics.jsonl", "samples.jsonl"]
 PATIENCE = 300  # seconds; a run takes three to ten
 AT_A_TIME = 2  # processes: each spends most of its life on imports
 SHORT = "--dataset_split train[:400] --max_steps 12 --save_steps 1 --eval_steps 6 --max_eval_samples 16 "
@@ -30,21 +31,28 @@ FLAGS = {
     # Two optimiser steps a pass, two passes: most checkpoints hold a rollout in flight
     "grpo": SHORT + "--reward_funcs common.toy:graded --generation_batch_size 64 --num_generations 4 "
             "--steps_per_generation 2 --num_iterations 2 --warmup_steps 1 --beta 0.02 --max_tokens_per_micro_batch 512",
+    # Two networks with an optimiser each, and a beta that moves
+    "ppo": SHORT + "--reward_funcs common.toy:graded --generation_batch_size 64 --warmup_steps 1 --kl_target 0.01 "
+           "--kl_horizon 1000 --critic_warmup_steps 2 --max_tokens_per_micro_batch 512",
+    "rloo": SHORT + "--reward_funcs common.toy:graded --generation_batch_size 64 --num_generations 4 --warmup_steps 1 "
+            "--num_iterations 2",
     # A running mean and a reference that moves have to survive
     "dpo": PAIRS + "--loss_type sigmoid bco_pair aot --sync_ref_model --ref_model_sync_steps 2",
     "kto": PAIRS, "orpo": PAIRS, "reward": PAIRS + "--normalize_split train[:32]",
 }  # fmt: skip
 VICTIMS = {  # where a process may kill itself, and at which call
-    "rewards": ("grpo.score", 4),  # the rollout is sampled and not yet rewarded (the first two calls are evaluations)
+    "rewards": ("common.rewards._call", 4),  # sampled and not yet rewarded (the first two calls are evaluations)
     "update": ("torch.optim.AdamW.step", 6),  # the gradient is there, the weights are old
     "checkpoint": ("pathlib.Path.rename", 5),  # written aside, not yet in its place
     "log": ("common.run.Run.append", 21),  # some lines of a step are written, others are not
 }
 EVERY_RUN = [("grpo", "rewards"), ("grpo", "checkpoint"), ("grpo", 0), ("sft", "update")]
 EVERY_RUN += [("dpo", "checkpoint"), ("kto", "update"), ("orpo", "log"), ("reward", "checkpoint")]
+EVERY_RUN += [("ppo", "checkpoint"), ("ppo", 0), ("rloo", "rewards")]
 LONG = [("grpo", "update"), ("grpo", "log"), ("sft", "checkpoint"), ("sft", "log")]
-LONG += [("grpo", n) for n in range(1, 11)] + [("sft", n) for n in range(10)]
-LONG += [(script, n) for script in ("dpo", "kto", "orpo", "reward") for n in range(5)]
+LONG += [("ppo", "rewards"), ("ppo", "update"), ("ppo", "log")]
+LONG += [(script, n) for script in ("grpo", "ppo") for n in range(1, 11)] + [("sft", n) for n in range(10)]
+LONG += [(script, n) for script in ("rloo", "dpo", "kto", "orpo", "reward") for n in range(5)]
 
 
 def train(script: str, flags: list[str], moment: str | None) -> None:
@@ -129,7 +137,7 @@ def lines_of(path: Path) -> int:
 
 
 def assert_same_bytes(one: Path, other: Path) -> None:
-    for name in ("final/model.safetensors", "metrics.jsonl", "samples.jsonl"):
+    for name in [*FILES, *(["critic/model.safetensors"] if (one / "critic").exists() else [])]:
         # of two long strings of bytes that differ pytest draws the difference: for hours, where CI is set
         assert filecmp.cmp(one / name, other / name, shallow=False), name
 
@@ -151,7 +159,7 @@ def test_a_torn_checkpoint_is_passed_over(untouched, tmp_path):
     assert_same_bytes(tmp_path, reference)
 
 
-@pytest.mark.parametrize("script", ["grpo", "dpo", "kto", "orpo"])
+@pytest.mark.parametrize("script", ["grpo", "rloo", "ppo", "dpo", "kto", "orpo"])
 def test_the_comparison_can_fail(script, untouched):
     """The weights are others than those before: the equalities above are not those of a model that never moved."""
     with pytest.raises(AssertionError, match="model.safetensors"):
