@@ -880,9 +880,6 @@ def main(args: Args) -> None:
             values_A = value_rollout(critic, rollout, layout, args, ranks)
             target, metrics = targets(rollout, score_B, values_A, beta, args)
             rollout_metrics |= metrics
-            if args.kl_target is not None:  # for the next one
-                episodes = args.generation_batch_size
-                beta = adapted_beta(beta, metrics["objective/kl"], args.kl_target, episodes, args.kl_horizon)
             clock["time/scoring"] = time.perf_counter() - started - clock["time/generation"]
 
         # 8.2 Which sequences this step takes, and how many tokens it has: known before the first backward
@@ -988,6 +985,9 @@ def main(args: Args) -> None:
         clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]
         if (position + 1) % steps_per_rollout == 0:
             engine.push_weights(full_parameters(model))
+            if args.kl_target is not None:
+                kl, episodes = rollout_metrics["objective/kl"], args.generation_batch_size
+                beta = adapted_beta(beta, kl, args.kl_target, episodes, args.kl_horizon)
 
         # 8.6 Log, save, evaluate
         last = step == args.max_steps
