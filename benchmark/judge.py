@@ -13,7 +13,8 @@ the same random numbers for all of them. Of those completions
 ± is half a 95 % normal interval over prompts. The interval of a win rate is Wilson's, which takes a tie for half a win
 and half a loss: too wide, if anything. A policy that is the first model writes what it wrote: KL 0, a win rate of 0.5.
 
-A policy is called after its run: runs/ppo_beta0.05/final is ppo_beta0.05, one point of the line of ppo. The picture is
+A policy is called after its run: runs/ppo_beta0.05/final is ppo_beta0.05, one point of the line of ppo, and
+ppo_beta0.05_seed1 one of a second line of the same colour; --beside adds what was judged before. The picture is
 the frontier of the DPO paper (2305.18290, sec. 6.1), its KL on the square-root axis of Gao et al. (2210.10760), where
 what a proxy gives stays close to a line and what gold gives bends down.
 
@@ -79,6 +80,8 @@ class Args:
     """Of sampling."""
     num_samples: int = 8
     """Prompts in samples.md."""
+    beside: list[str] = field(default_factory=list)
+    """judged.json of other seeds, to draw in the same picture."""
     out: str = "runs/judged"
     """Folder of the results."""
 
@@ -120,10 +123,10 @@ def label_of(model: str) -> str:
     return path.parent.name if path.name == "final" and path.parent.name else re.sub(r"\.gguf$", "", path.name)
 
 
-def method_of(label: str) -> tuple[str, float | None]:
-    """ppo_beta0.05: ppo, 0.05; ppo_beta0.05_seed1: ppo_seed1, 0.05; dpo: dpo, None."""
-    found = re.fullmatch(r"(.+)_beta(\d[\d.]*(?:e-?\d+)?)(.*)", label)
-    return (found[1] + found[3], float(found[2])) if found else (label, None)
+def method_of(label: str) -> tuple[str, float | None, str]:
+    """ppo_beta0.05_seed1: ppo, 0.05, _seed1. What is not there is None or empty."""
+    name, beta, seed = re.fullmatch(r"(.+?)(?:_beta(\d[\d.]*(?:e-?\d+)?))?(_seed\d+)?", label).groups()
+    return name, None if beta is None else float(beta), seed or ""
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -143,27 +146,32 @@ def table(judged: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(judged: list[dict], path: Path) -> None:
+def draw(judged: list[dict], others: list[list[dict]], path: Path) -> None:
     """Gold and proxy against KL on a square-root axis; a colour for each method, a line through its betas."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
-    start, policies = judged[0], judged[1:]
-    methods = dict.fromkeys(method_of(one["label"])[0] for one in policies)
+    policies = [one for run in (judged, *others) for one in run[1:]]
+    styles = dict(zip(dict.fromkeys(method_of(one["label"])[0] for one in policies), SERIES * len(policies)))
     for axes, name, title in zip(panels, ("gold", "proxy"), ("gold: the judge", "proxy: what was trained on")):
-        axes.axhline(start[name], color="0.75", linewidth=0.8, zorder=0)
-        axes.plot(0, start[name], "*", color="0.4", markersize=11, label=start["label"], clip_on=False)
-        for (colour, marker), method in zip(SERIES * len(methods), methods):
-            line = [(*method_of(one["label"]), one) for one in policies if method_of(one["label"])[0] == method]
-            line = [one for _, _, one in sorted(line, key=lambda item: item[1] or 0.0)]
-            kl, value = [max(0.0, one["kl"]) for one in line], [one[name] for one in line]  # noise may be below 0
-            axes.errorbar(
-                kl, value, [one[f"{name}_ci95"] for one in line], color=colour, marker=marker, markersize=6,
-                linewidth=1.3, elinewidth=0.7, label=method, clip_on=False,
-            )
-            for x, y, one in zip(kl, value, line):
-                beta = method_of(one["label"])[1]
-                if beta is not None:
-                    axes.annotate(f" β {beta:g}", (x, y), (4, 4), textcoords="offset points", fontsize=8, color=colour)
+        start = float(np.mean([run[0][name] for run in (judged, *others)]))
+        axes.axhline(start, color="0.75", linewidth=0.8, zorder=0)
+        axes.plot(0, start, "*", color="0.4", markersize=11, label="start", clip_on=False)
+        for method, (colour, marker) in styles.items():
+            label, seeds = method, dict.fromkeys(method_of(one["label"])[2] for one in policies)
+            for seed in seeds:
+                line = [one for one in policies if method_of(one["label"])[::2] == (method, seed)]
+                line.sort(key=lambda one: method_of(one["label"])[1] or 0.0)
+                kl, value = [max(0.0, one["kl"]) for one in line], [one[name] for one in line]  # noise may be below 0
+                axes.errorbar(
+                    kl, value, [one[f"{name}_ci95"] for one in line], color=colour, marker=marker, markersize=5,
+                    linewidth=1.3, elinewidth=0.7, label=label, clip_on=False,
+                )
+                for place, (x, y, one) in enumerate(zip(kl, value, line)):
+                    beta = method_of(one["label"])[1]
+                    if beta is not None and label is not None:  # of the first seed only
+                        shift = (5, 4) if place % 2 else (5, -11)
+                        axes.annotate(f"β {beta:g}", (x, y), shift, textcoords="offset points", fontsize=8)
+                label = None
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set_xlim(0, 1.25 * max([one["kl"] for one in policies] + [1e-3]))  # room for the last label
         axes.set(title=title, xlabel="KL to the start, nats a completion (square-root axis)", ylabel="mean reward")
@@ -258,7 +266,7 @@ def main(args: Args) -> None:
     (out / "judged.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shown = [row["prompt"] for row in held_out[: args.num_samples]]
     (out / "samples.md").write_text(samples(judged, shown, texts, golds), encoding="utf-8")
-    draw(judged, out / "frontier.png")
+    draw(judged, [json.loads(Path(path).read_text())["policies"] for path in args.beside], out / "frontier.png")
     print(table(judged))
 
 

@@ -4,6 +4,7 @@
     python benchmark/report.py runs/grpo_seed* --markdown                            the table, for README.md
     python benchmark/report.py runs/grpo_seed* --collect benchmark/results/grpo_toy  what is small enough to commit
     python benchmark/report.py runs/dpo_seed* runs/kto_seed* --compare eval/exact_match logps/chosen --png both.png
+    python benchmark/report.py runs/ppo_seed* runs/rloo_seed* --compare reward completion_kl --samples 3
 
 Runs that differ in nothing but their seed are one experiment: tabulated as mean ± standard deviation, drawn as their
 mean in a band from the lowest to the highest. A single run comes with the 95 % intervals that its evaluation logged.
@@ -66,6 +67,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {folder} is no run folder: {error}")
     run = Run(folder, config, environment, *(read_lines(folder / name) for name in LOGS))
+    run.metrics = [line | completion_kl(line, run) for line in run.metrics]
     return run if run.metrics else sys.exit(f"report.py: {folder} has logged nothing yet")
 
 
@@ -73,6 +75,18 @@ def read_lines(path: Path) -> list[dict]:
     """The finished lines of a file that may be growing. Not by splitlines(), which cuts at a U+2028 as well."""
     whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in whole]
+
+
+def completion_kl(line: dict, run: Run) -> dict[str, float]:
+    """KL of a completion to the reference under one name, where a rollout begins and the policy is still its sampler.
+
+    rloo.py and ppo.py log the sum over a completion, grpo.py a mean over tokens.
+    """
+    kl = line.get("objective/kl", line.get("kl"))
+    steps_per_rollout = run.config.get("steps_per_generation", 0) * run.config.get("num_iterations", 0)
+    if kl is None or not steps_per_rollout or (line["step"] - 1) % steps_per_rollout:
+        return {}  # kto.py's kl is something else
+    return {"completion_kl": kl * line["completions/mean_length"] if script_of(run) == "grpo.py" else kl}
 
 
 def experiments_of(runs: list[Run]) -> list[list[Run]]:
@@ -170,18 +184,23 @@ def print_table(console: Console, experiment: list[Run]) -> None:
     console.print(table if table.rows else "no evaluation yet", "")
 
 
+def evaluation_samples(run: Run) -> list[tuple[str, dict[str, dict]]]:
+    """(title, prompt -> sample) of the first evaluation and of the last, one if there is one, at its temperature."""
+    evaluated = [sample for sample in run.samples if "temperature" in sample["title"]]
+    setting = evaluated[0]["title"].rpartition(", ")[2] if evaluated else ""
+    titles = list(dict.fromkeys(sample["title"] for sample in evaluated if sample["title"].endswith(setting)))
+    ends = dict.fromkeys([*titles[:1], *titles[-1:]])
+    return [(title, {sample["prompt"]: sample for sample in evaluated if sample["title"] == title}) for title in ends]
+
+
 def print_samples(console: Console, run: Run, count: int = 4) -> None:
     """What the model wrote for the same prompts at the first evaluation and at the last."""
-    evaluated = [sample for sample in run.samples if "temperature" in sample["title"]]
-    if not evaluated:
+    ends = evaluation_samples(run)
+    if not ends:
         return
-    setting = evaluated[0]["title"].rpartition(", ")[2]
-    titles = list(dict.fromkeys(sample["title"] for sample in evaluated if sample["title"].endswith(setting)))
-    first, last = ({s["prompt"]: s for s in evaluated if s["title"] == title} for title in (titles[0], titles[-1]))
-    table = Table("end of the prompt", *dict.fromkeys((titles[0], titles[-1])), show_lines=True)
-    for prompt in list(last)[:count]:
-        cells = [first.get(prompt), last[prompt]][-len(table.columns) + 1 :]
-        table.add_row(Text(prompt[-60:]), *(Text(written(cell)) for cell in cells))
+    table = Table("end of the prompt", *(title for title, _ in ends), show_lines=True)
+    for prompt in list(ends[-1][1])[:count]:
+        table.add_row(Text(prompt[-60:]), *(Text(written(samples.get(prompt))) for _, samples in ends))
     console.print(f"{run.folder} wrote", table, "")
 
 
@@ -213,6 +232,20 @@ def comparison(experiments: list[list[Run]], names: list[str]) -> str:
                 cells.append(f"{values.mean(0)[place]:.3f}" + (f" ± {width:.3f}" if np.isfinite(width) else ""))
             rows.append([label or name_of(experiment), *cells])
     lines = [["", *(name.removeprefix("eval/") for name in names)], ["---"] * (len(names) + 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def sample_comparison(experiments: list[list[Run]], count: int) -> str:
+    """Markdown: what the first seed of each experiment wrote in the end for the same held-out prompts."""
+    ends = {name_of(runs): evaluation_samples(runs[0]) for runs in experiments}
+    if not all(ends.values()):
+        sys.exit("report.py: --samples needs samples.jsonl with an evaluation, which a collected folder does not keep")
+    (_, before), *_ = next(iter(ends.values()))
+    columns = [("before", before), *((name, samples) for name, (*_, (_, samples)) in ends.items())]
+    lines = [["prompt", *(name for name, _ in columns)], ["---"] * (len(columns) + 1)]
+    for prompt in list(columns[0][1])[:count]:
+        cells = [prompt.removeprefix("<s>"), *(written(samples.get(prompt)) for _, samples in columns)]
+        lines.append([cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -342,12 +375,15 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown and nothing else")
     parser.add_argument("--compare", nargs="+", metavar="METRIC", help="a Markdown table of these, experiments side by "
                         "side, and with --png a panel for each")
+    parser.add_argument("--samples", type=int, metavar="N", help="with --compare, what N prompts led to")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="copy the small result files and the curves to DIR")
     flags = parser.parse_args()
     runs = [read_run(folder) for folder in flags.runs]
     experiments = experiments_of(runs)
     if flags.compare:
         print(comparison(experiments, flags.compare))
+        if flags.samples:
+            print("", sample_comparison(experiments, flags.samples), sep="\n")
     elif flags.markdown:
         print(markdown(experiments))
     else:

@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 bash setup.sh
 python=${VENV:-.venv}/bin/python runs=runs/rlhf_toy
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+judged=()
 for seed in ${SEEDS:-0 1 2}; do
   start=$runs/sft_seed$seed/final proxy=$runs/reward_seed$seed/final
   train() {
@@ -25,7 +26,8 @@ for seed in ${SEEDS:-0 1 2}; do
     policies+=("$runs/ppo_beta${beta}_seed$seed/final")
   done
   "$python" benchmark/judge.py "$start" "${policies[@]}" --gold common.toy:exact_match --proxy "$proxy" \
-    --out "$runs/judged_seed$seed"
+    --out "$runs/judged_seed$seed" --beside "${judged[@]}"
+  judged+=("$runs/judged_seed$seed/judged.json")
 done
 "$python" benchmark/report.py $runs/{grpo,rloo,ppo}_seed* --png $runs/curve.png \
   --compare eval/exact_match eval/exact_match_greedy

@@ -68,9 +68,9 @@ def test_names():
     assert [judge.label_of(name) for name in ("runs/x/ppo_beta0.05/final", "final", "runs/dpo/", "a/Smol.Q4.gguf")] == [
         "ppo_beta0.05", "final", "dpo", "Smol.Q4"
     ]  # fmt: skip
-    assert judge.method_of("ppo_beta0.05") == ("ppo", 0.05)
-    assert judge.method_of("toy_ppo_beta1e-3_seed2") == ("toy_ppo_seed2", 1e-3)
-    assert judge.method_of("beta_dpo") == ("beta_dpo", None)
+    assert judge.method_of("ppo_beta0.05") == ("ppo", 0.05, "")
+    assert judge.method_of("toy_ppo_beta1e-3_seed2") == ("toy_ppo", 1e-3, "_seed2")
+    assert judge.method_of("beta_dpo") == ("beta_dpo", None, "")
 
 
 @pytest.mark.parametrize("max_tokens", [16, 10_000])
