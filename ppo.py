@@ -235,7 +235,7 @@ class Args:
     whiten_advantages: bool = True
     """Mean 0 and variance 1 over the trained tokens of the rollout."""
     whiten_rewards: bool = False
-    """Divide the rewards of tokens by their standard deviation, before GAE."""
+    """Scale the rewards of tokens about their mean to variance 1, before GAE."""
     reward_clip_range: tuple[float, float] | None = None
     """Clip the summed reward to this range, before the KL."""
     missing_eos: Literal["replace", "subtract", "none"] = "replace"
@@ -551,7 +551,7 @@ def roll_out(
 ) -> tuple[Rollout, torch.Tensor, dict]:
     """1. draw prompts  2. sample  3. reward  4. see to those that did not stop, or have no reward.
 
-    Returns the rollout, its scores_B, and metrics (TRL's names where they mean the same).
+    Returns the rollout, its score_B (NaN without a reward), and metrics (TRL's names where they mean the same).
     """
     num_prompts = args.generation_batch_size // args.num_generations
     chosen = [prompts[i] for i in draw(len(prompts), cursor, num_prompts, args.seed)]
@@ -564,8 +564,9 @@ def roll_out(
     total_B = total_reward(reward_BF, weight_F)
     score_B = total_B.clamp(*args.reward_clip_range) if args.reward_clip_range else total_B
     score_B = score_of_stop(score_B, stopped_B, args.missing_eos, args.missing_eos_penalty)
+    score_B = score_B.masked_fill(total_B.isnan(), math.nan)
 
-    trained_B = ~total_B.isnan() & (stopped_B | (not args.mask_truncated_completions))
+    trained_B = ~score_B.isnan() & (stopped_B | (not args.mask_truncated_completions))
     pairs = [(ids, completion.token_ids) for (_, ids), completion in zip(repeated, completions)]
     rollout = Rollout(
         input_ids_A=torch.tensor([token for prompt, reply in pairs for token in prompt + reply], dtype=torch.int32),
@@ -603,7 +604,7 @@ def roll_out(
             [[tokenizer.decode(repeated[i][1]), texts[i], *reward_BF[i].tolist(), score_B[i].item()]
              for i in range(min(4, len(texts)))],
         )
-    return rollout, score_B.nan_to_num(0), {name: float(value) for name, value in metrics.items()}
+    return rollout, score_B, {name: float(value) for name, value in metrics.items()}
 
 
 @dataclass
@@ -638,7 +639,7 @@ def targets(
         kl_A = rollout.old_logprobs_A - rollout.reference_logprobs_A
         penalty_A = kl_estimate(rollout.old_logprobs_A, rollout.reference_logprobs_A, args.kl_estimator)
     in_reward = beta if args.kl_in == "reward" else 0.0
-    reward_BT = token_rewards(score_B, by_completion(penalty_A, rollout), length_B, in_reward)
+    reward_BT = token_rewards(score_B.nan_to_num(0), by_completion(penalty_A, rollout), length_B, in_reward)
     if args.whiten_rewards:
         reward_BT = by_completion(whiten(end_to_end(reward_BT, rollout), mask_A, shift_mean=False), rollout)
     advantages_A = end_to_end(gae(reward_BT, value_BT, args.gamma, args.lam), rollout)
@@ -647,10 +648,10 @@ def targets(
         returns_A = values_A + end_to_end(gae(reward_BT, value_BT, args.gamma, args.lam_value), rollout)
     kl_B, penalty_B = by_completion(kl_A, rollout).sum(1), by_completion(penalty_A, rollout).sum(1)
     metrics = {
-        "objective/scores": score_B.mean(), "objective/kl": kl_B.mean(),
+        "objective/scores": score_B.nanmean(), "objective/kl": kl_B.mean(),
         "objective/entropy": -by_completion(rollout.old_logprobs_A, rollout).sum(1).mean(),
         "objective/non_score_reward": -in_reward * penalty_B.mean(),
-        "objective/rlhf_reward": (score_B - in_reward * penalty_B).mean(), "objective/beta": beta,
+        "objective/rlhf_reward": (score_B - in_reward * penalty_B).nanmean(), "objective/beta": beta,
         "val/value_mean": values_A[mask_A].mean(), "val/return_mean": returns_A[mask_A].mean(),
         "val/explained_variance": explained_variance(values_A[mask_A], returns_A[mask_A]),
     }
@@ -707,11 +708,19 @@ def main(args: Args) -> None:
         1, args, "max_steps", "steps_per_generation", "num_iterations", "max_completion_length", "logging_steps",
         "max_tokens_per_micro_batch", "num_generations_eval", "max_prompt_length", "num_generations", "kl_horizon",
     )
-    require_at_least(0, args, "critic_warmup_steps", "beta", "vf_coef", "gamma", "lam")
+    require_at_least(0, args, "critic_warmup_steps", "beta", "vf_coef", "gamma", "lam", "epsilon")
+    optional = ("lam_value", "cliprange_value", "epsilon_high", "delta", "critic_learning_rate")
+    require_at_least(0, args, *(name for name in optional if getattr(args, name) is not None))
     if args.critic_warmup_steps >= args.max_steps:
         raise UserError("--critic_warmup_steps takes all of --max_steps: the policy would never learn")
     if args.kl_target is not None and (args.kl_target <= 0 or args.beta <= 0):
         raise UserError("--kl_target is a KL above 0 that a --beta above 0 starts to follow")
+    if args.kl_target is not None and args.kl_horizon < args.generation_batch_size:
+        raise UserError("--kl_horizon has to be --generation_batch_size or more: beta would leap, even below 0")
+    if args.kl_in == "loss" and args.kl_estimator == "k1":
+        raise UserError("--kl_in loss with k1 holds nothing, its expected gradient is 0: --kl_estimator k3_corrected")
+    if args.reward_clip_range is not None and args.reward_clip_range[0] > args.reward_clip_range[1]:
+        raise UserError("--reward_clip_range takes the lower end first")
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # log-probs are of the logits divided by it
     ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
@@ -788,7 +797,9 @@ def main(args: Args) -> None:
         )
     if not shared:
         speed_up(critic, args.gradient_checkpointing, args.torch_compile)
-    layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
+    layout = min(layout_of(model), layout_of(critic), key=("single", "packed", "shared").index)
+    if layout == "shared" and not args.share_prompts:
+        layout = "packed"
     run.print("policy", describe(model))
     run.print("critic", "a head on the policy" if shared else describe(critic))
 
@@ -906,7 +917,7 @@ def main(args: Args) -> None:
             old_N = scored_N if steps_per_rollout > 1 else logprobs_N.detach()  # equal but for rounding
             ratio_N = (logprobs_N - old_N).clamp(max=20).exp()  # no overflow
             loss_N = clipped_loss(ratio_N, advantages_N, args.epsilon, epsilon_high, args.delta)
-            clipped_N = loss_N.detach() > -ratio_N.detach() * advantages_N
+            clipped_N = loss_N.detach() != -ratio_N.detach() * advantages_N
             if correction != "none":
                 sampler_N = batch.take(rollout.split(rollout.sampler_logprobs_A))
                 correction_N = correction_weights(
@@ -967,7 +978,8 @@ def main(args: Args) -> None:
                 run.gate("|log p sampler - log p trainer|", gap, f"0, below {limit:g}", gap < limit)
 
         # 8.5 Update both, then the engine gets the new weights
-        learning_rate, critic_rate = scheduler.get_last_lr()[0], critic_scheduler.get_last_lr()[0]
+        learning_rate = scheduler.get_last_lr()[0] if policy_learns else 0.0
+        critic_rate = critic_scheduler.get_last_lr()[0]
         norms = {"policy": torch.tensor(0.0)}
         if policy_learns:
             norms["policy"] = clip_gradients(optimizer, args.max_grad_norm)
@@ -985,7 +997,7 @@ def main(args: Args) -> None:
         clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]
         if (position + 1) % steps_per_rollout == 0:
             engine.push_weights(full_parameters(model))
-            if args.kl_target is not None:
+            if args.kl_target is not None and policy_learns:
                 kl, episodes = rollout_metrics["objective/kl"], args.generation_batch_size
                 beta = adapted_beta(beta, kl, args.kl_target, episodes, args.kl_horizon)
 

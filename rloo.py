@@ -567,6 +567,8 @@ def main(args: Args) -> None:
     require_at_least(2 if args.baseline == "leave_one_out" else 1, args, "num_generations")
     if args.baseline == "greedy" and args.dynamic_sampling:
         raise UserError("--baseline greedy needs the prompts as they are drawn: leave --dynamic_sampling off")
+    if args.reward_clip_range is not None and args.reward_clip_range[0] > args.reward_clip_range[1]:
+        raise UserError("--reward_clip_range takes the lower end first")
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # at 0 a group is one answer G times
     ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank

@@ -229,7 +229,10 @@ def load_scorer(
     Raises:
         UserError: nothing loadable there, or a model that transformers has no such class for.
     """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a reward model's folder has no head over words, and need not say so
     policy = load_policy(name, dtype, device, trust_remote_code)
+    transformers_logging.set_verbosity(verbosity)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:

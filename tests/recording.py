@@ -9,6 +9,8 @@ update, nearly a sign, would turn rounding noise of one step into differences of
 
 import json
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -49,11 +51,16 @@ def policy(tmp_path_factory):
 
 @dataclass
 class Step:
-    """One optimiser step: weights before it and summed gradient, flat as model.parameters() has them, and metrics."""
+    """One optimiser step: weights before it and summed gradient, flat as model.parameters() has them, and metrics.
 
-    weights: torch.Tensor
-    gradient: torch.Tensor
+    Of ppo.py's critic as well; and the policy's are None in a step in which it does not learn.
+    """
+
+    weights: torch.Tensor | None
+    gradient: torch.Tensor | None
     metrics: dict[str, float]
+    critic_weights: torch.Tensor | None = None
+    critic_gradient: torch.Tensor | None = None
 
 
 def record(script, monkeypatch, folder: Path, alone: bool = False, disturb=None, **flags) -> tuple[list[Step], list]:
@@ -62,45 +69,62 @@ def record(script, monkeypatch, folder: Path, alone: bool = False, disturb=None,
     alone: pretend that the model cannot be packed, so that each sequence runs by itself under stock attention.
     disturb: called with every fresh rollout, to change it in place; the gates of step one then look the other way.
     """
-    gradients, weights, rollouts = [], [], []
+    optimizers, clipped, moments, rollouts = [], {}, [], []
     with monkeypatch.context() as patch:
+
+        def make(*args, real=script.make_optimizer):
+            optimizers.append(real(*args))
+            return optimizers[-1]
 
         def clip(optimizer, max_norm, real=script.clip_gradients):
             norm = real(optimizer, max_norm)
             parameters = optimizer.param_groups[0]["params"]
-            weights.append(torch.cat([p.detach().flatten().clone() for p in parameters]))
-            gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+            clipped[optimizers.index(optimizer)] = (
+                torch.cat([p.detach().flatten().clone() for p in parameters]),
+                torch.cat([p.grad.flatten().clone() for p in parameters]),
+            )
             return norm
 
-        def load(*args, real=script.load_policy, **kwargs):
+        def log(run, step, metrics, *rest, real=script.Run.log):
+            if clipped:
+                moments.append([clipped.get(which, (None, None)) for which in range(len(optimizers))])
+                clipped.clear()
+            real(run, step, metrics, *rest)
+
+        def load(*args, real, **kwargs):
             model = real(*args, **kwargs)
             if alone:
                 model.layout = "single"
-                model.set_attn_implementation("sdpa")
+                for part in (model, model.base_model):  # a scorer and its body have a config each
+                    part.set_attn_implementation("sdpa")
             return model
+
+        def collect(*args, real, **kwargs):
+            rollout, *rest = real(*args, **kwargs)
+            if disturb is not None:
+                disturb(rollout)
+            rollouts.append(rollout)
+            return rollout, *rest
 
         # Reading the version of every package would be two thirds of the time of so short a run
         patch.setattr("common.run.describe_environment", lambda *_: {"run_id": "recorded"})
+        patch.setattr(script, "make_optimizer", make)
         patch.setattr(script, "clip_gradients", clip)
-        patch.setattr(script, "load_policy", load)
-        patch.setattr(script, "save_model", lambda *_: None)
-        if hasattr(script, "collect"):
-
-            def collect(*args, real=script.collect, **kwargs):
-                rollout, cursor, metrics = real(*args, **kwargs)
-                if disturb is not None:
-                    disturb(rollout)
-                rollouts.append(rollout)
-                return rollout, cursor, metrics
-
-            patch.setattr(script, "collect", collect)
+        patch.setattr(script.Run, "log", log)
+        for name in {"load_policy", "load_scorer"} & vars(script).keys():
+            patch.setattr(script, name, partial(load, real=getattr(script, name)))
+        for name in {"save_model", "save_critic"} & vars(script).keys():
+            patch.setattr(script, name, lambda *_: None)
+        for name in {"collect", "roll_out"} & vars(script).keys():
+            patch.setattr(script, name, partial(collect, real=getattr(script, name)))
         if disturb is not None:
             patch.setattr(script.Run, "gate", lambda *_: None)
-        script.main(script.Args(output_dir=str(folder), logging_steps=1, **SMOOTH, **flags))
+        script.main(script.Args(output_dir=str(folder), logging_steps=1, **(SMOOTH | flags)))
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "grad_norm" in line]
-    return [Step(*step) for step in zip(weights, gradients, logged, strict=True)], rollouts
+    steps = [Step(*policy, line, *chain(*critic)) for (policy, *critic), line in zip(moments, logged, strict=True)]
+    return steps, rollouts
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
