@@ -15,8 +15,8 @@ and half a loss: too wide, if anything. A policy that is the first model writes 
 
 A policy is called after its run: runs/ppo_beta0.05/final is ppo_beta0.05, one point of the line of ppo, and
 ppo_beta0.05_seed1 one of a second line of the same colour; --beside adds what was judged before. The picture is
-the frontier of the DPO paper (2305.18290, sec. 6.1), its KL on the square-root axis of Gao et al. (2210.10760), where
-what a proxy gives stays close to a line and what gold gives bends down.
+the frontier of the DPO paper (2305.18290, sec. 6.1), logarithmic above one nat. Against a proxy gold rises with the KL,
+and then falls while the proxy still rises: over-optimisation, as in Gao et al. (2210.10760).
 
 Writes judged.json, frontier.png and samples.md to --out, and a Markdown table to stdout. One process; no vLLM.
 """
@@ -147,7 +147,7 @@ def table(judged: list[dict]) -> str:
 
 
 def draw(judged: list[dict], others: list[list[dict]], path: Path) -> None:
-    """Gold and proxy against KL on a square-root axis; a colour for each method, a line through its betas."""
+    """Gold and proxy against KL; a colour for each method, a line through its betas."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
     policies = [one for run in (judged, *others) for one in run[1:]]
@@ -172,9 +172,10 @@ def draw(judged: list[dict], others: list[list[dict]], path: Path) -> None:
                         shift = (5, 4) if place % 2 else (5, -11)
                         axes.annotate(f"β {beta:g}", (x, y), shift, textcoords="offset points", fontsize=8)
                 label = None
-        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-        axes.set_xlim(0, 1.25 * max([one["kl"] for one in policies] + [1e-3]))  # room for the last label
-        axes.set(title=title, xlabel="KL to the start, nats a completion (square-root axis)", ylabel="mean reward")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, 1.6 * max([one["kl"] for one in policies] + [0.1]))  # room for the last label
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(title=title, xlabel="KL to the start, nats a completion (logarithmic above 1)", ylabel="mean reward")
         axes.grid(color="0.93", linewidth=0.6)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=150)
