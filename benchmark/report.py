@@ -116,6 +116,7 @@ def evaluations(experiment: list[Run]) -> list[str]:
     """Names of what was evaluated, without a score that a pass rate with an interval repeats number for number."""
     logged = dict.fromkeys(name for line in experiment[0].metrics for name in line if name.startswith("eval/"))
     held_out = {name: [run.curve(name) for run in experiment] for name in logged if not name.endswith("_ci95")}
+    held_out = {name: found for name, found in held_out.items() if all(found)}  # a reward model is called by its run
     twins = [held_out[name] for name in held_out if f"{name}_ci95" in logged]
     return [name for name in held_out if f"{name}_ci95" in logged or held_out[name] not in twins]
 
