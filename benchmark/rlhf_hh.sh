@@ -30,7 +30,7 @@ common=(--dtype bfloat16 --max_tokens_per_micro_batch 2048 --logging_steps 1 --s
 offline=(--train_batch_size 32 --max_length 192 --learning_rate 2e-5)
 online=(
   --model_name_or_path $runs/sft/final --dataset_name $runs/proxy.jsonl --reward_funcs $runs/proxy/final
-  --max_prompt_length 96 --max_completion_length 32 --generation_batch_size 32 --learning_rate 2e-5
+  --max_prompt_length 96 --max_completion_length 32 --generation_batch_size 32 --learning_rate 1e-4
 )
 
 train sft sft "${offline[@]}" --model_name_or_path models/SmolLM2-135M-Instruct.Q4_1.gguf \
