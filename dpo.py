@@ -514,7 +514,7 @@ def main(args: Args) -> None:
     rewards = [load_reward(name, device) for name in args.eval_reward_funcs or ["common.toy:exact_match"] * is_toy]
 
     # ------------------------------------------------------------------------------------------------------- 2. data
-    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     rows = load_rows(args.dataset_name, args.dataset_split)
     require_columns(rows, ("chosen", "rejected"))
     ledger = Ledger()

@@ -755,7 +755,7 @@ def main(args: Args) -> None:
     )
 
     # ------------------------------------------------------------------------------------------------------- 3. data
-    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     rows = load_rows(args.dataset_name, args.dataset_split)
     require_columns(rows, ("prompt",))
     ledger = Ledger()
@@ -786,7 +786,9 @@ def main(args: Args) -> None:
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
     shared = args.value_model == "shared"
     source = args.model_name_or_path if args.value_model in ("policy", "shared") else args.value_model
-    if source != args.model_name_or_path and load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+    if source != args.model_name_or_path and (
+        load_tokenizer(source, None, args.trust_remote_code).get_vocab() != tokenizer.get_vocab()
+    ):
         raise UserError(f"--value_model {source} has another vocabulary than {args.model_name_or_path}: take policy")
     critic = load_scorer(source, dtype, device, args.trust_remote_code, zero_head=True)
     if shared:

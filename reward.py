@@ -389,7 +389,7 @@ def main(args: Args) -> None:
     set_seed(args.seed)
 
     # ------------------------------------------------------------------------------------------------------- 2. data
-    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     train = load_replies(args.dataset_name, args.dataset_split, [PAIRS, RATINGS], tokenizer, args, run)
     if train.columns == RATINGS and train.target_P.min() == train.target_P.max():
         raise UserError(f"{train.name}: every score is {train.target_P[0]:g}, so there is nothing to learn from them")

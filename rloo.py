@@ -603,7 +603,7 @@ def main(args: Args) -> None:
     )
 
     # ------------------------------------------------------------------------------------------------------- 3. data
-    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     rows = load_rows(args.dataset_name, args.dataset_split)
     require_columns(rows, ("prompt",))
     ledger = Ledger()

@@ -246,7 +246,7 @@ def main(args: Args) -> None:
     set_seed(args.seed)
 
     # ------------------------------------------------------------------------------------------------------ 2. model
-    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     model = load_policy(
         args.model_name_or_path, compute_dtype(args.dtype, device), device, args.trust_remote_code,
         args.load_in_4bit, args.load_in_8bit,

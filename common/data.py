@@ -127,7 +127,12 @@ def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ..
     hints = "".join(f"; should {found[0]!r} be called {column!r}?" for column, found in close.items() if found)
     needed = " or ".join(" + ".join(columns) for columns in alternatives)
     plural = "s" * (" " in needed)
-    raise UserError(f"{rows.name} needs the column{plural} {needed}, and has {', '.join(rows.columns)}{hints}")
+    raise UserError(f"{rows.name} needs the column{plural} {needed}, and has {_listed(rows.columns)}{hints}")
+
+
+def _listed(columns: list[str]) -> str:
+    """Names of columns for a sentence, which a line break or an escape code in one of them would end."""
+    return ", ".join(column if column.isprintable() else repr(column) for column in columns)
 
 
 def _load_toy(name: str, split: str) -> Rows:
@@ -239,6 +244,8 @@ def _read_json(path: Path) -> list[tuple[str, dict]]:
         at = f"column {error.colno}" if place != str(path) else f"line {error.lineno}, column {error.colno}"
         wanted = "mend it (.jsonl: one object a line)"
         raise UserError(f"{place}: not JSON, or cut short, at {at} ({error.msg}); {wanted}") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 1,000 deep
+        raise UserError(f"{place}: JSON that cannot be read here ({error}); mend it or take it out") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         reason = "the compressed file is damaged or cut short from here on"
         raise UserError(f"{place}: {reason} ({error}); fetch or write it again") from error
@@ -698,9 +705,9 @@ def _encode_rows(
     except UserError as error:
         raise UserError(f"{rows.where(i)}: {error}") from error
     except KeyError as error:
-        held = ", ".join(column for column, value in rows[i].items() if value is not None)
+        held = _listed([column for column, value in rows[i].items() if value is not None])
         raise UserError(f"{rows.where(i)}: this row has no {error}, only {held}; give it one or take it out") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError, RecursionError) as error:  # a date after 9999, a list in itself
         raise UserError(f"{rows.where(i)}: a value has the wrong type ({error})") from error
     finally:
         if bar.live.is_started:

@@ -155,12 +155,14 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(dtype, dtype))
 
 
-def load_tokenizer(name: str, chat_template: str | None = None):
+def load_tokenizer(name: str, chat_template: str | None = None, trust_remote_code: bool = False):
     """A fast tokenizer from a folder, a hub name, a .gguf file or "toy"; `chat_template` is a file or a template."""
     if name == "toy":
         tokenizer = toy.toy_tokenizer()
     else:
-        tokenizer = AutoTokenizer.from_pretrained(**_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(
+            **_source(name, trust_remote_code), trust_remote_code=trust_remote_code
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token, without which no model learns to stop: set one")
     if chat_template is not None:
@@ -195,7 +197,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_config(toy.toy_config())
     elif name.endswith(".gguf"):
         # The de-quantised model refuses save_pretrained, so its weights move into one built from the plain config.
-        source = AutoModelForCausalLM.from_pretrained(**_source(name), dtype=torch.float32)
+        source = AutoModelForCausalLM.from_pretrained(**_source(name, False), dtype=torch.float32)
         del source.config.quantization_config
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         model.load_state_dict(source.state_dict())
@@ -212,7 +214,7 @@ def load_policy(
                 bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True,
             )
             options |= {"dtype": dtype, "device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(**_source(name), **options)
+        model = AutoModelForCausalLM.from_pretrained(**_source(name, trust_remote_code), **options)
     if not (load_in_4bit or load_in_8bit):
         cast(model.to(device), dtype)
     return prepare_model(model)
@@ -280,7 +282,7 @@ def cast(model, dtype: torch.dtype) -> None:
             buffer.data = buffer.data.to(dtype)
 
 
-def _source(name: str) -> dict:
+def _source(name: str, trust_remote_code: bool) -> dict:
     """from_pretrained arguments for a folder, a hub name or a .gguf file; a UserError that says what was looked for."""
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
@@ -290,15 +292,18 @@ def _source(name: str) -> dict:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"the model {name}: that folder holds no config.json, so it is not a model")
-        return {"pretrained_model_name_or_path": str(path)}
-    if name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
+    elif name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
         hint = "; run `python sft.py` first, which writes it" if name == "runs/sft/final" else ""
         raise UserError(f"the model {name}: no such folder{hint}")
-    try:
-        AutoConfig.from_pretrained(name)
+    try:  # without a word about trust, transformers asks for it on the terminal
+        AutoConfig.from_pretrained(path if path.is_dir() else name, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise UserError(f"the model {name}: no folder here, and the hub does not give it ({_first(error)})")
-    return {"pretrained_model_name_or_path": name}
+        found = "its config.json cannot be read" if path.is_dir() else "no folder here, and the hub does not give it"
+        raise UserError(f"the model {name}: {found} ({_first(error)})")
+    except ValueError as error:
+        remedy = "read its code, and give --trust_remote_code if you would run it"
+        raise UserError(f"the model {name} is none that transformers knows ({_first(error)}); {remedy}")
+    return {"pretrained_model_name_or_path": str(path) if path.is_dir() else name}
 
 
 def _first(error: Exception) -> str:

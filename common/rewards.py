@@ -229,7 +229,7 @@ def load_reward_model(name: str, device: torch.device, max_tokens: int = 16_384)
     """
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unsaid, it asks on the terminal
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype="auto", output_loading_info=True  # as it was trained
         )

@@ -37,6 +37,7 @@ import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -300,7 +301,13 @@ class Run:
             if manifest is not None:
                 self.cut_logs(manifest["log_bytes"])
                 self.print(f"resuming after step {manifest['step']} from {folder}")
-                return manifest["step"], torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                try:
+                    return manifest["step"], torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                except UnpicklingError:
+                    raise UserError(
+                        f"{folder} is whole, and holds more than tensors and numbers, which no run of ours writes: "
+                        "nothing of it was run; delete it, or begin a new run with another --output_dir"
+                    ) from None
             torn = folder.with_name(f"torn-{time.time_ns()}-{folder.name}")
             self.print(f"{folder} is torn (its bytes are not those of its manifest): skipped, kept as {torn.name}")
             if self.writes:

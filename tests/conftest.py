@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="also run the tests that take minutes or learn something")
+    parser.addoption("--case", type=int, help="of tests/test_fuzz.py, this case alone")
 
 
 def pytest_collection_modifyitems(config, items):
