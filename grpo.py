@@ -138,6 +138,8 @@ class Args:
     sequence-classification reward model. Signature: f(prompts, completions, **columns) -> list[float | None]."""
     reward_weights: list[float] = field(default_factory=list)
     """One weight for each reward function (empty: all 1)."""
+    reward_timeout: float = 600.0
+    """Seconds that a reward function may take for one rollout (0: for ever)."""
 
     # Rollout
     generation_batch_size: int = 256
@@ -439,6 +441,7 @@ class Rollout:
     lengths_B: torch.Tensor
     prompt_lengths_B: torch.Tensor
     rewards_BF: torch.Tensor
+    rows_B: torch.Tensor | None = None  # of the data set
     advantages_B: torch.Tensor | None = None
     sampler_logprobs_A: torch.Tensor | None = None
     old_logprobs_A: torch.Tensor | None = None
@@ -512,7 +515,7 @@ def collect(
     Returns the rollout, the new cursor into the prompt stream, and metrics (TRL's names where they mean the same).
     """
     wanted = args.generation_batch_size // args.num_generations
-    kept, seen, rounds = [], [], 0
+    kept, kept_rows, seen, rounds = [], [], [], 0
     while len(kept) < wanted and rounds < (args.dynamic_sampling_max_rounds if args.dynamic_sampling else 1):
         chosen = draw(len(prompts), cursor, wanted, args.seed)
         chosen_rows = [rows[prompts[i][0]] for i in chosen]
@@ -533,6 +536,7 @@ def collect(
             differs = total_reward(item[3], weight_F).nan_to_num(0).unique().numel() > 1  # exactly; the whole group
             if len(kept) < wanted and (differs or not args.dynamic_sampling):
                 kept.append(item)
+                kept_rows += [prompts[i][0]] * args.num_generations
     if not kept:
         raise UserError(
             f"step {step}: in {rounds} round(s) of {wanted} prompts no group had differing rewards, so nothing can be "
@@ -551,6 +555,7 @@ def collect(
         lengths_B=torch.tensor([len(mask) for mask in masks]),
         prompt_lengths_B=torch.tensor([len(ids) for ids, _ in sequences]),
         rewards_BF=torch.cat([group_BF for _, _, _, group_BF in kept]),
+        rows_B=torch.tensor(kept_rows),
     )
     if sampling.logprobs:
         rollout.sampler_logprobs_A = torch.tensor(
@@ -656,7 +661,7 @@ def main(args: Args) -> None:
             f"{args.steps_per_generation} equal parts: take a multiple of both it and --num_generations, such as "
             f"{math.lcm(args.steps_per_generation, args.num_generations)}"
         )
-    rewards = [load_reward(name, device, globals()) for name in args.reward_funcs]
+    rewards = [load_reward(name, device, globals(), args.reward_timeout) for name in args.reward_funcs]
     if args.reward_weights and len(args.reward_weights) != len(rewards):
         raise UserError(f"{len(args.reward_weights)} --reward_weights for {len(rewards)} --reward_funcs: give one each")
     weight_F = torch.tensor((args.reward_weights or [1.0] * len(rewards)) + [1.0] * bool(args.soft_overlong_cache))
@@ -885,6 +890,7 @@ def main(args: Args) -> None:
 
         # 8.5 Update, then the engine gets the new weights
         grad_norm = clip_gradients(optimizer, args.max_grad_norm)
+        run.require_finite(grad_norm, step, (rows.where(rollout.rows_B[i]) for i in chosen))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -930,8 +936,8 @@ def main(args: Args) -> None:
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-        if args.save_steps and step % args.save_steps == 0 and not last:
-            run.save_checkpoint(step, {
+        if not last:
+            run.end_step(step, {
                 "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
                 "cursor": cursor, "rollout": vars(rollout), "rollout_metrics": rollout_metrics,

@@ -624,6 +624,7 @@ def main(args: Args) -> None:
 
         # 6.5 Update
         grad_norm = clip_gradients(optimizer, args.max_grad_norm)
+        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -664,8 +665,8 @@ def main(args: Args) -> None:
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate(step)
-        if args.save_steps and step % args.save_steps == 0 and not last:
-            run.save_checkpoint(step, {
+        if not last:
+            run.end_step(step, {
                 "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
                 "reference": dict(reference.named_parameters()) if args.sync_ref_model else None,

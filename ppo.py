@@ -164,6 +164,8 @@ class Args:
     sequence-classification reward model. Signature: f(prompts, completions, **columns) -> list[float | None]."""
     reward_weights: list[float] = field(default_factory=list)
     """One weight for each reward function (empty: all 1)."""
+    reward_timeout: float = 600.0
+    """Seconds that a reward function may take for one rollout (0: for ever)."""
 
     # Rollout
     generation_batch_size: int = 256
@@ -457,6 +459,7 @@ class Rollout:
     lengths_B: torch.Tensor
     prompt_lengths_B: torch.Tensor
     rewards_BF: torch.Tensor
+    rows_B: torch.Tensor | None = None  # of the data set
     advantages_B: torch.Tensor | None = None
     sampler_logprobs_A: torch.Tensor | None = None
     old_logprobs_A: torch.Tensor | None = None
@@ -577,6 +580,7 @@ def roll_out(
         lengths_B=torch.tensor([len(prompt) + len(reply) for prompt, reply in pairs]),
         prompt_lengths_B=torch.tensor([len(prompt) for prompt, _ in pairs]),
         rewards_BF=reward_BF,
+        rows_B=torch.tensor([row for row, _ in repeated]),
     )
     if sampling.logprobs:
         rollout.sampler_logprobs_A = torch.tensor(
@@ -742,7 +746,7 @@ def main(args: Args) -> None:
             f"{args.steps_per_generation} equal parts: take a multiple of both it and --num_generations, such as "
             f"{math.lcm(args.steps_per_generation, args.num_generations)}"
         )
-    rewards = [load_reward(name, device, globals()) for name in args.reward_funcs]
+    rewards = [load_reward(name, device, globals(), args.reward_timeout) for name in args.reward_funcs]
     if args.reward_weights and len(args.reward_weights) != len(rewards):
         raise UserError(f"{len(args.reward_weights)} --reward_weights for {len(rewards)} --reward_funcs: give one each")
     weight_F = torch.tensor(args.reward_weights or [1.0] * len(rewards))
@@ -982,12 +986,14 @@ def main(args: Args) -> None:
         # 8.5 Update both, then the engine gets the new weights
         learning_rate = scheduler.get_last_lr()[0] if policy_learns else 0.0
         critic_rate = critic_scheduler.get_last_lr()[0]
-        norms = {"policy": torch.tensor(0.0)}
+        norms = {"policy": torch.tensor(0.0), "critic": clip_gradients(critic_optimizer, args.max_grad_norm)}
         if policy_learns:
             norms["policy"] = clip_gradients(optimizer, args.max_grad_norm)
+        for norm in norms.values():
+            run.require_finite(norm, step, (rows.where(rollout.rows_B[i]) for i in chosen))
+        if policy_learns:
             optimizer.step()
             scheduler.step()
-        norms["critic"] = clip_gradients(critic_optimizer, args.max_grad_norm)
         critic_optimizer.step()
         critic_scheduler.step()
         optimizer.zero_grad()
@@ -1039,8 +1045,8 @@ def main(args: Args) -> None:
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-        if args.save_steps and step % args.save_steps == 0 and not last:
-            run.save_checkpoint(step, {
+        if not last:
+            run.end_step(step, {
                 "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "critic": {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad},
                 "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),

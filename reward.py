@@ -49,7 +49,7 @@ from rich.table import Table
 from transformers import get_scheduler
 
 from common.data import (
-    Example, Layout, Ledger, collate, draw, encode_completion, encode_pair, encode_prompt, load_rows, pack,
+    Example, Layout, Ledger, Rows, collate, draw, encode_completion, encode_pair, encode_prompt, load_rows, pack,
     prepare_completions, require_columns,
 )
 from common.engine import stop_ids
@@ -218,7 +218,7 @@ def accuracy_of(gap_P: torch.Tensor) -> torch.Tensor:
 class RewardData:
     """What there is to score in one split."""
 
-    name: str
+    rows: Rows
     columns: tuple[str, ...]  # PAIRS, RATINGS or REFERENCES: what it is
     groups: list[list[Example]]  # of each prompt the chosen and the rejected reply, or the only one
     target_P: torch.Tensor  # margin of each pair, rating of each rated reply, else 0
@@ -253,7 +253,7 @@ def load_replies(
     kept = (rows[group[0].row] for group in groups)
     targets, sources = zip(*((number_in(row, number), str(row.get("source"))) for row in kept))
     run.print(f"{split}  {rows.name}, {' + '.join(columns + (number,) * (number == 'margin'))}: {ledger}")
-    return RewardData(rows.name, columns, groups, torch.tensor(targets), sources if "source" in rows.columns else ())
+    return RewardData(rows, columns, groups, torch.tensor(targets), sources if "source" in rows.columns else ())
 
 
 def number_in(row: dict, column: str | None) -> float:
@@ -392,7 +392,8 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template, args.trust_remote_code)
     train = load_replies(args.dataset_name, args.dataset_split, [PAIRS, RATINGS], tokenizer, args, run)
     if train.columns == RATINGS and train.target_P.min() == train.target_P.max():
-        raise UserError(f"{train.name}: every score is {train.target_P[0]:g}, so there is nothing to learn from them")
+        name, value = train.rows.name, train.target_P[0]
+        raise UserError(f"{name}: every score is {value:g}, so there is nothing to learn from them")
     if train.columns == PAIRS:
         loss_of = partial(bradley_terry_loss, center_rewards_coefficient=args.center_rewards_coefficient)
         run.print("pairs: Bradley-Terry loss, the chosen reply over the rejected one")
@@ -496,6 +497,7 @@ def main(args: Args) -> None:
 
         # 6.4 Update
         grad_norm = clip_gradients(optimizer, args.max_grad_norm)
+        run.require_finite(grad_norm, step, (train.rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -527,15 +529,15 @@ def main(args: Args) -> None:
             )
             mean, std = normalisation(reference_B)
             model.config.reward_mean, model.config.reward_std = mean, std
-            run.print(f"{len(reference_B)} reference answers of {references.name}: mean {mean:.3f}, std {std:.3f}")
+            run.print(f"{len(reference_B)} reference answers of {references.rows.name}: mean {mean:.3f}, std {std:.3f}")
             if ranks.is_main_process:
                 save_model(model, tokenizer, run.final_folder)
                 run.print(f"saved {run.final_folder}")
         if last or (args.eval_steps and step % args.eval_steps == 0):
             for split, replies in held_out.items():
                 evaluate_reward(model, replies, split, layout, loss_of, run, args, step)
-        if args.save_steps and step % args.save_steps == 0 and not last:
-            run.save_checkpoint(step, {
+        if not last:
+            run.end_step(step, {
                 "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })

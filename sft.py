@@ -365,6 +365,7 @@ def main(args: Args) -> None:
 
         # 6.4 Update
         grad_norm = clip_gradients(optimizer, args.max_grad_norm)
+        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -396,8 +397,8 @@ def main(args: Args) -> None:
             )
             run.log(step, metrics)
             run.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-        if args.save_steps and step % args.save_steps == 0 and not last:
-            run.save_checkpoint(step, {
+        if not last:
+            run.end_step(step, {
                 "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })

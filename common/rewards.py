@@ -19,10 +19,13 @@ import importlib.util
 import inspect
 import math
 import numbers
+import signal
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +43,19 @@ from common.run import UserError
 class RewardFunction:
     name: str
     function: Callable  # f(prompts, completions, **columns) -> list[float | None], sync or async
+    timeout: float = 0.0  # seconds that one call may take; 0: for ever
 
 
-def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | None = None) -> RewardFunction:
+def load_reward(
+    spec: str, device: torch.device | str = "cpu", script: dict | None = None, timeout: float = 0.0
+) -> RewardFunction:
     """The reward that `spec` names; a reward model is put on `device`.
 
     Args:
         spec: a function of the script, "package.module:function", "file.py:function", "reasoning_gym", "math_verify",
             or a reward model's folder or hub name.
         script: the script's globals(); its functions (prompts, completions, ...) go by their names alone.
+        timeout: seconds that scoring one batch may take; 0: for ever.
 
     Raises:
         UserError: nothing of that name, a package that is missing, a model that is no reward model.
@@ -57,13 +64,14 @@ def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | No
     wanted = {"prompts", "completions"}
     here = {name: f for name, f in functions.items() if wanted <= {*inspect.signature(f).parameters}}
     if spec in here:
-        return RewardFunction(spec, here[spec])
+        return RewardFunction(spec, here[spec], timeout)
     if spec in ("reasoning_gym", "math_verify"):
         if importlib.util.find_spec(spec) is None:
             raise UserError(f"the reward {spec} needs a package: pip install {spec.replace('_', '-')}")
-        return RewardFunction(spec, reasoning_gym_reward if spec == "reasoning_gym" else math_verify_reward)
+        grader = reasoning_gym_reward if spec == "reasoning_gym" else math_verify_reward
+        return RewardFunction(spec, grader, timeout)
     if ":" in spec:
-        return RewardFunction(spec.rpartition(":")[2], _import_function(spec))
+        return RewardFunction(spec.rpartition(":")[2], _import_function(spec), timeout)
     if "/" not in spec and not Path(spec).is_dir():
         near = difflib.get_close_matches(spec, [*here, "reasoning_gym", "math_verify"], n=1)
         hint = f"did you mean {near[0]}? Or give " if near else "give "
@@ -73,7 +81,7 @@ def load_reward(spec: str, device: torch.device | str = "cpu", script: dict | No
             "module:function, file.py:function, reasoning_gym, math_verify, or a reward model's folder"
         )
     name = Path(spec).parent.name if Path(spec).name == "final" else Path(spec).name  # runs/reward/final: reward
-    return RewardFunction(name, load_reward_model(spec, torch.device(device)))
+    return RewardFunction(name, load_reward_model(spec, torch.device(device)), timeout)
 
 
 def _import_function(spec: str) -> Callable:
@@ -115,8 +123,8 @@ def score(
         rewards_BF, fp32 on the CPU, NaN where a function returned None.
 
     Raises:
-        UserError: a function that raises, wants a column that is not there, or returns something else than one finite
-            number or None per completion.
+        UserError: a function that raises, wants a column that is not there, takes longer than its timeout, or returns
+            something else than one finite number or None per completion.
     """
     messages = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -126,14 +134,60 @@ def score(
     if completion_ids is not None:
         arguments["completion_ids"] = completion_ids
 
-    results = [_call(function, arguments) for function in reward_functions]
+    results = []
+    for function in reward_functions:
+        with _limit([function]):
+            results.append(_call(function, arguments))
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:  # only now: a synchronous function may itself call asyncio.run
-        answers = asyncio.run(_await_all([(reward_functions[i], results[i]) for i in waiting]))
+        with _limit([reward_functions[i] for i in waiting]):
+            answers = asyncio.run(_await_all([(reward_functions[i], results[i]) for i in waiting]))
         for i, answer in zip(waiting, answers):
             results[i] = answer
     rewards_FB = [_as_floats(function, result, prompts) for function, result in zip(reward_functions, results)]
     return torch.tensor(rewards_FB, dtype=torch.float32).reshape(len(reward_functions), len(prompts)).T.contiguous()
+
+
+class _Overdue(BaseException):
+    """Not an Exception: a judge that answers slowly is often asked again by an `except Exception`."""
+
+
+@contextmanager
+def _limit(functions: list[RewardFunction]) -> Iterator[None]:
+    """UserError when what is inside takes longer than the functions' timeout, whether it computes or waits.
+
+    SIGUSR2, and not the alarm that graders (math_verify) set for themselves; once a second, for one may be swallowed.
+    """
+    seconds, done = functions[0].timeout, threading.Event()
+
+    def overdue(*_) -> None:
+        if not done.is_set():
+            raise _Overdue
+
+    def watch() -> None:
+        wait = seconds
+        while not done.wait(wait):
+            wait = 1
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+
+    if seconds <= 0:
+        yield
+        return
+    previous = signal.signal(signal.SIGUSR2, overdue)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except _Overdue:
+        names = " or ".join(function.name for function in functions)
+        raise UserError(
+            f"the reward function {names} took longer than --reward_timeout {seconds:g} seconds for one batch: "
+            "raise it, or give 0 to wait for ever"
+        ) from None
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, previous)
 
 
 def _call(reward: RewardFunction, available: dict[str, list]):

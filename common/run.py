@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -31,17 +32,19 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typeguard
 import tyro
 import yaml
@@ -51,6 +54,7 @@ from rich.text import Text
 
 ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 LOGS = ("metrics.jsonl", "clock.jsonl", "samples.jsonl")
+DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 class UserError(Exception):
@@ -61,7 +65,8 @@ def launch(main: Callable[[Any], None], Args: type, argv: list[str] | None = Non
     """`main(args)` with the flags of the command line, as a well-behaved program.
 
     `--config FILE` reads defaults from the config.yaml of a run; flags override it. Exit status: 0, 1 (a mistake of the
-    user, told in one sentence), 130 (Ctrl-C). Anything else is a bug here and keeps its traceback.
+    user, a full disk, a rank that died: told in one sentence), 130 (Ctrl-C). Anything else is a bug here and keeps its
+    traceback.
     """
     try:
         main(parse_flags(Args, sys.argv[1:] if argv is None else argv, sys.modules[main.__module__].__doc__))
@@ -69,9 +74,28 @@ def launch(main: Callable[[Any], None], Args: type, argv: list[str] | None = Non
         console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         console.print(f"error: {error}", style="red")
         sys.exit(1)
+    except Exception as error:
+        if (reason := outside_reason(error)) is None:
+            raise
+        print(f"error: {reason}; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def outside_reason(error: Exception) -> str | None:
+    """What befell this process, when that is what the error tells of; None for a bug.
+
+    Known by its words: torch and safetensors wrap what the system said in errors of their own.
+    """
+    told = f"{error} {error.__context__}"
+    if any(words in told for words in DISK_FULL):
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        return f"the disk is full ({reason}), make room: what was saved before is whole"
+    if dist.is_initialized() and " by peer" in told:
+        return "another rank of this run has died; torchrun tells which and how"
+    return None
 
 
 def parse_flags(Args: type, argv: list[str], script_doc: str | None) -> Any:
@@ -124,7 +148,7 @@ def require_at_least(minimum: float, args: Any, *names: str) -> None:
 class Run:
     """A run folder with its logs, its checkpoints and its console.
 
-    Of `args`, a dataclass, it reads output_dir, resume, seed, keep_checkpoints, report_to and inspect.
+    Of `args`, a dataclass, it reads output_dir, resume, seed, save_steps, keep_checkpoints, report_to and inspect.
     """
 
     def __init__(self, args: Any, script: str, is_main: bool = True):
@@ -141,6 +165,8 @@ class Run:
         self.opened = time.perf_counter()
         self.pace: tuple[int, float] | None = None  # step and time of the first progress line
         self.wandb = self.tensorboard = None
+        self.latest: tuple[int, dict, dict] | None = None  # of the last whole step: what save_checkpoint takes
+        self.stopping = False  # SIGTERM has come
         if not self.writes:
             return
 
@@ -255,11 +281,54 @@ class Run:
         """Where the trained model goes."""
         return self.folder / "final"
 
-    def save_checkpoint(self, step: int, state: dict) -> None:
+    def end_step(self, step: int, state: dict) -> None:
+        """To be called after every step but the last: saves `state` every `args.save_steps`, and when told to stop.
+
+        The state is kept for `require_finite`, at no cost, for its tensors are not copied. After a SIGTERM on any rank
+        it is saved and all processes end with status 0, to be started again with --resume.
+        """
+        self.latest = step, state, self.log_bytes()
+        stopping = on_any_rank(self.stopping)
+        if stopping or (self.args.save_steps and step % self.args.save_steps == 0):
+            self.save_checkpoint(*self.latest)
+        if stopping:
+            self.print(f"SIGTERM: saved after step {step}; the same command with --resume goes on from there")
+            self.close()
+            sys.exit(0)
+
+    def require_finite(self, norm: torch.Tensor, step: int, places: Iterable[str]) -> None:
+        """UserError, with the state before this step saved, when the norm of its gradient is NaN or infinite.
+
+        To be called before the update. A loss that is no number makes such a gradient; all ranks have the same one.
+
+        Args:
+            places: where each row of the step stands: "train.jsonl, line 17".
+        """
+        if norm.isfinite():
+            return
+        if self.latest is not None:  # else there is a checkpoint, or nothing was learned yet
+            self.save_checkpoint(*self.latest)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves takes the others with it, and the main one may still be writing
+        numbers: dict[str, list[str]] = {}
+        for place in dict.fromkeys(places):
+            file, _, number = place.rpartition(" ")
+            numbers.setdefault(file, []).append(number)
+        batch = "; ".join(f"{file}s {', '.join(found)}" for file, found in numbers.items())
+        kept = f"what was before it is {self.checkpoints / f'step-{step - 1:08d}'}" if step > 1 else "it was the first"
+        raise UserError(f"the gradient of step {step} has a norm of {norm.item()}, and {kept}; its batch: {batch}")
+
+    def log_bytes(self) -> dict[str, int]:
+        """Lengths of the logs."""
+        paths = [self.folder / name for name in LOGS if self.writes]
+        return {path.name: path.stat().st_size for path in paths if path.exists()}
+
+    def save_checkpoint(self, step: int, state: dict, log_bytes: dict[str, int] | None = None) -> None:
         """Writes `state` (nested dicts and lists of tensors, numbers, strings, None), whole or not at all.
 
-        Keeps the newest `args.keep_checkpoints` (0: all). Raises pickle.UnpicklingError, on the first call rather than
-        on the resume that needs it, when the state holds something that cannot be loaded safely.
+        `log_bytes` are the logs' lengths when `state` was what it is (None: now). Keeps the newest
+        `args.keep_checkpoints` (0: all). Raises pickle.UnpicklingError, on the first call rather than on the resume
+        that needs it, when the state holds something that cannot be loaded safely.
         """
         folder = self.checkpoints / f"step-{step:08d}"
         if not self.writes or folder.exists():  # there already: a finished run, resumed at its last step
@@ -269,18 +338,22 @@ class Run:
                 os.fsync(file.fileno())
         aside = self.checkpoints / f".tmp-{folder.name}"
         aside.mkdir()
-        with (aside / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        # Only the structure is read here, not the tensors.
-        torch.load(aside / "state.pt", weights_only=True, map_location="cpu", mmap=True)
-        manifest = {
-            "step": step,
-            "sha256": sha256(aside / "state.pt"),
-            "log_bytes": {name: (self.folder / name).stat().st_size for name in LOGS},
-        }
-        write_whole(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        try:
+            with (aside / "state.pt").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            # Only the structure is read here, not the tensors.
+            torch.load(aside / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+            manifest = {
+                "step": step,
+                "sha256": sha256(aside / "state.pt"),
+                "log_bytes": self.log_bytes() if log_bytes is None else log_bytes,
+            }
+            write_whole(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        except BaseException:
+            shutil.rmtree(aside)  # on a full disk it is in everybody's way
+            raise
         aside.rename(folder)
         sync_folder(self.checkpoints)
         keep = self.args.keep_checkpoints
@@ -292,8 +365,10 @@ class Run:
         """(step, state on the CPU) of the newest whole checkpoint, or None: not resuming, or nothing to resume from.
 
         A checkpoint whose bytes are not those of its manifest is renamed to torn-..., and that is said. The logs are
-        cut back to where they were when the checkpoint was written, or emptied.
+        cut back to where they were when the checkpoint was written, or emptied. From here on SIGTERM lets a step end.
         """
+        if not self.args.inspect:
+            catch_sigterm(lambda: setattr(self, "stopping", True))
         if not self.args.resume:
             return None
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
@@ -330,6 +405,22 @@ class Run:
             self.tensorboard.close()
         if self.writes:
             self.lock.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def catch_sigterm(then: Callable[[], None]) -> None:
+    """Calls `then` when this process is asked to end. One that it forks, such as a reward's workers, ends as usual."""
+    signal.signal(signal.SIGTERM, lambda *_: then())
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def on_any_rank(happened: bool) -> bool:
+    """Whether it happened on one rank at least; every rank has to ask, and all get the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return happened
+    count = torch.tensor(float(happened), device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 def plain_config(args: Any) -> dict:
