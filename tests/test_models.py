@@ -379,7 +379,7 @@ def test_a_model_that_cannot_score_is_one_sentence(config, words, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
         load_scorer(str(tmp_path), torch.float32, torch.device("cpu"))
-    assert re.fullmatch(f"--model_name_or_path {re.escape(str(tmp_path))} {words}", str(error.value))
+    assert re.fullmatch(f"the model {re.escape(str(tmp_path))} {words}", str(error.value))
 
 
 def test_the_padding_token_is_trained_like_any_other():
