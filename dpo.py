@@ -57,7 +57,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
@@ -68,12 +67,16 @@ from common.data import (
 )
 from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
-    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
+    add_lora, base_model, compute_dtype, layout_of, load_policy, load_tokenizer, score_tokens, speed_up,
+    without_adapter,
 )
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, full_parameters, is_sharded, join_ranks, make_optimizer, save_model, shard,
+    sum_over_ranks, trained_weights, weight_sum, whole,
 )
 
 LossType = Literal[
@@ -386,7 +389,7 @@ def reference_logprobs(model, examples: list[Example], args, ranks) -> list[torc
     digest = hashlib.sha256()
     for name, parameter in base_model(model).named_parameters():
         if ".lora_" not in name:
-            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+            digest.update(whole(parameter).contiguous().view(torch.uint8).cpu().numpy())
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     path = Path(args.ref_log_probs_dir) / f"{digest.hexdigest()[:32]}.safetensors"
@@ -502,7 +505,7 @@ def main(args: Args) -> None:
     if not 0 <= args.ref_model_mixup_alpha <= 1:
         raise UserError(f"--ref_model_mixup_alpha is a share, from 0 to 1, not {args.ref_model_mixup_alpha:g}")
     check_losses(args)
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -567,12 +570,15 @@ def main(args: Args) -> None:
     )
     reference = None
     if needs_reference and not args.precompute_ref_log_probs and (args.sync_ref_model or not args.use_peft):
-        reference = copy.deepcopy(model).requires_grad_(False)
+        reference = shard(copy.deepcopy(model).requires_grad_(False))
     if args.use_peft:
         model = add_lora(
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
+    if args.sync_ref_model and is_sharded(reference):
+        raise UserError("--sync_ref_model mixes whole weights: launch without FSDP2 and ZeRO-3, or leave it off")
     layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
     run.print(describe(model))
     longest = max((e.prompt_length for e in eval_examples), default=0) + args.max_completion_length
@@ -772,14 +778,14 @@ def main(args: Args) -> None:
                 name: metrics[name] for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen")
             })
         last = step == total_steps
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate(step)
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
                 "reward_sum": reward_sum, "rewards_seen": rewards_seen,
                 "reference": dict(reference.named_parameters()) if args.sync_ref_model else None,

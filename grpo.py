@@ -52,7 +52,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import get_scheduler
 
@@ -62,12 +61,16 @@ from common.data import (
 )
 from common.engine import Sampling, agreement, build_engine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
-    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
+    add_lora, base_model, compute_dtype, layout_of, load_policy, load_tokenizer, score_tokens, speed_up,
+    without_adapter,
 )
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, join_ranks, make_optimizer, save_model, shard, sum_over_ranks,
+    trained_weights, weight_sum,
 )
 
 
@@ -642,7 +645,7 @@ def main(args: Args) -> None:
     require_at_least(2, args, "num_generations")  # a group of one has no baseline
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # at 0 a group is one answer G times
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -697,12 +700,13 @@ def main(args: Args) -> None:
     model = load_policy(
         args.model_name_or_path, dtype, device, args.trust_remote_code, args.load_in_4bit, args.load_in_8bit
     )
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta and not args.use_peft else None
+    reference = shard(copy.deepcopy(model).requires_grad_(False)) if args.beta and not args.use_peft else None
     if args.use_peft:
         model = add_lora(
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
     layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
     run.print(describe(model))
 
@@ -751,7 +755,7 @@ def main(args: Args) -> None:
         scheduler.load_state_dict(state["scheduler"])
         restore_random_state(state["random"])
         cursor, rollout, rollout_metrics = state["cursor"], Rollout(**state["rollout"]), state["rollout_metrics"]
-    engine.push_weights(full_parameters(model))
+    engine.push_weights(model)
     if eval_prompts and first_step == 0 and not args.inspect:
         metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, 0, args, ranks, run)
         run.log(0, metrics)
@@ -901,7 +905,7 @@ def main(args: Args) -> None:
             weights_before = None
         clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]
         if (position + 1) % steps_per_rollout == 0:
-            engine.push_weights(full_parameters(model))
+            engine.push_weights(model)
 
         # 8.6 Log, save, evaluate
         last = step == args.max_steps
@@ -928,17 +932,17 @@ def main(args: Args) -> None:
             run.progress(step, args.max_steps, {
                 name: metrics[name] for name in ("reward", "frac_reward_zero_std", "entropy", "completions/mean_length")
             })
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_prompts and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            engine.push_weights(full_parameters(model))
+            engine.push_weights(model)
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
                 "cursor": cursor, "rollout": vars(rollout), "rollout_metrics": rollout_metrics,
             })

@@ -42,7 +42,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
@@ -53,12 +52,16 @@ from common.data import (
 )
 from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, layout_of, load_policy,
-    load_tokenizer, make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum, without_adapter,
+    add_lora, base_model, compute_dtype, layout_of, load_policy, load_tokenizer, score_tokens, speed_up,
+    without_adapter,
 )
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, full_parameters, is_sharded, join_ranks, make_optimizer, save_model, shard,
+    sum_over_ranks, trained_weights, weight_sum, whole,
 )
 
 
@@ -291,7 +294,7 @@ def reference_logprobs(model, examples: list[Example], args, ranks) -> list[torc
     digest = hashlib.sha256()
     for name, parameter in base_model(model).named_parameters():
         if ".lora_" not in name:
-            digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy())
+            digest.update(whole(parameter).contiguous().view(torch.uint8).cpu().numpy())
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     path = Path(args.ref_log_probs_dir) / f"{digest.hexdigest()[:32]}.safetensors"
@@ -406,7 +409,7 @@ def main(args: Args) -> None:
         raise UserError("--sync_ref_model needs a reference that is scored at every step, not a precomputed one")
     if args.sync_ref_model and (args.load_in_4bit or args.load_in_8bit):
         raise UserError("--sync_ref_model mixes weights, which quantised ones do not allow: load them whole")
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -480,12 +483,15 @@ def main(args: Args) -> None:
     )
     reference = None
     if (compares or not args.precompute_ref_log_probs) and (args.sync_ref_model or not args.use_peft):
-        reference = copy.deepcopy(model).requires_grad_(False)
+        reference = shard(copy.deepcopy(model).requires_grad_(False))
     if args.use_peft:
         model = add_lora(
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
+    if args.sync_ref_model and is_sharded(reference):
+        raise UserError("--sync_ref_model mixes whole weights: launch without FSDP2 and ZeRO-3, or leave it off")
     layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
     run.print(describe(model))
     longest = max((e.prompt_length for e in eval_examples), default=0) + args.max_completion_length
@@ -660,14 +666,14 @@ def main(args: Args) -> None:
                 name: metrics[name] for name in ("loss", "kl", "rewards/margins", "logps/chosen")
             })
         last = step == total_steps
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate(step)
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
                 "reference": dict(reference.named_parameters()) if args.sync_ref_model else None,
             })

@@ -37,7 +37,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from transformers import get_scheduler
 
 from common.data import (
@@ -46,12 +45,15 @@ from common.data import (
 )
 from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, layout_of, load_policy, load_tokenizer,
-    make_optimizer, save_model, score_tokens, speed_up, sum_over_ranks, weight_sum,
+    add_lora, base_model, compute_dtype, layout_of, load_policy, load_tokenizer, score_tokens, speed_up,
 )
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, join_ranks, make_optimizer, save_model, shard, sum_over_ranks, trained_weights,
+    weight_sum,
 )
 
 
@@ -285,7 +287,7 @@ def main(args: Args) -> None:
         "max_eval_samples",
     )
     require_at_least(0, args, "beta", "max_grad_norm", "warmup_steps", "weight_decay")
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -350,6 +352,7 @@ def main(args: Args) -> None:
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
     share_prompts = args.share_prompts and not train_prompts
     layout = "packed" if layout_of(model) == "shared" and not share_prompts else layout_of(model)
     run.print(describe(model))
@@ -475,14 +478,14 @@ def main(args: Args) -> None:
                 name: metrics[name] for name in ("loss", "nll_loss", "log_odds_chosen", "rewards/accuracies")
             })
         last = step == total_steps
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
             evaluate(step)
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })
 

@@ -73,7 +73,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
@@ -84,13 +83,16 @@ from common.data import (
 )
 from common.engine import Sampling, agreement, build_engine, request_seed, stop_ids
 from common.models import (
-    add_lora, base_model, clip_gradients, compute_dtype, describe, full_parameters, hidden_states, layout_of,
-    load_policy, load_scorer, load_tokenizer, make_optimizer, save_model, score_states, score_tokens, speed_up,
-    sum_over_ranks, weight_sum, without_adapter,
+    add_lora, base_model, compute_dtype, hidden_states, layout_of, load_policy, load_scorer, load_tokenizer,
+    score_states, score_tokens, speed_up, without_adapter,
 )
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, join_ranks, make_optimizer, merge_lora, save_model, shard,
+    sum_over_ranks, trained_weights, weight_sum,
 )
 
 
@@ -543,9 +545,8 @@ def token_values(critic, batch: MicroBatch, hidden_NE: torch.Tensor) -> torch.Te
 
 def save_critic(critic, tokenizer, folder: Path) -> None:
     """A stock sequence-classification folder, LoRA merged: --value_model takes it again."""
-    core = critic.merge_and_unload() if hasattr(critic, "merge_and_unload") else critic
-    core.save_pretrained(folder, state_dict=dict(full_parameters(core)))
-    tokenizer.save_pretrained(folder)
+    core = merge_lora(critic) if hasattr(critic, "peft_config") else critic
+    save_model(core, tokenizer, folder)
 
 
 def roll_out(
@@ -727,7 +728,7 @@ def main(args: Args) -> None:
         raise UserError("--reward_clip_range takes the lower end first")
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # log-probs are of the logits divided by it
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -782,12 +783,13 @@ def main(args: Args) -> None:
     model = load_policy(
         args.model_name_or_path, dtype, device, args.trust_remote_code, args.load_in_4bit, args.load_in_8bit
     )
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta and not args.use_peft else None
+    reference = shard(copy.deepcopy(model).requires_grad_(False)) if args.beta and not args.use_peft else None
     if args.use_peft:
         model = add_lora(
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
     shared = args.value_model == "shared"
     source = args.model_name_or_path if args.value_model in ("policy", "shared") else args.value_model
     if source != args.model_name_or_path and (
@@ -803,6 +805,7 @@ def main(args: Args) -> None:
         )
     if not shared:
         speed_up(critic, args.gradient_checkpointing, args.torch_compile)
+        shard(critic)
     layout = min(layout_of(model), layout_of(critic), key=("single", "packed", "shared").index)
     if layout == "shared" and not args.share_prompts:
         layout = "packed"
@@ -865,7 +868,7 @@ def main(args: Args) -> None:
         restore_random_state(state["random"])
         cursor, beta, rollout_metrics = state["cursor"], state["beta"], state["rollout_metrics"]
         rollout, target = Rollout(**state["rollout"]), Targets(**state["target"])
-    engine.push_weights(full_parameters(model))
+    engine.push_weights(model)
     if eval_prompts and first_step == 0 and not args.inspect:
         metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, 0, args, ranks, run)
         run.log(0, metrics)
@@ -917,8 +920,7 @@ def main(args: Args) -> None:
             if args.inspect:
                 return show_batch(run, tokenizer, batch, advantages_N)
             with torch.set_grad_enabled(policy_learns):
-                hidden_NE = hidden_states(model, batch)
-                scores = score_tokens(model, batch, args.temperature, statistics=True, hidden_NE=hidden_NE)
+                scores = score_tokens(model, batch, args.temperature, statistics=True)
             logprobs_N, scored_N = scores.logprobs_N, batch.take(rollout.split(rollout.old_logprobs_A))
             old_N = scored_N if steps_per_rollout > 1 else logprobs_N.detach()  # equal but for rounding
             ratio_N = (logprobs_N - old_N).clamp(max=20).exp()  # no overflow
@@ -936,9 +938,7 @@ def main(args: Args) -> None:
             policy_loss = (loss_N * mask_N).sum() / num_trained_tokens
             if policy_learns and not shared:
                 policy_loss.backward()
-            if not shared:
-                hidden_NE = hidden_states(critic, batch)
-            values_N = token_values(critic, batch, hidden_NE)
+            values_N = token_values(critic, batch, scores.hidden_NE if shared else hidden_states(critic, batch))
             old_values_N, returns_N = (
                 batch.take(rollout.split(value_A)) for value_A in (target.values_A, target.returns_A)
             )
@@ -1004,7 +1004,7 @@ def main(args: Args) -> None:
                 run.gate(f"weights of the {name} moved by the first update", float(moved), "1", moved)
         clock["time/training"] = time.perf_counter() - started - clock["time/generation"] - clock["time/scoring"]
         if (position + 1) % steps_per_rollout == 0:
-            engine.push_weights(full_parameters(model))
+            engine.push_weights(model)
             if args.kl_target is not None and policy_learns:
                 kl, episodes = rollout_metrics["objective/kl"], args.generation_batch_size
                 beta = adapted_beta(beta, kl, args.kl_target, episodes, args.kl_horizon)
@@ -1036,19 +1036,19 @@ def main(args: Args) -> None:
                 name: metrics[name]
                 for name in ("objective/scores", "objective/kl", "val/explained_variance", "completions/mean_length")
             })
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             save_critic(critic, tokenizer, run.folder / "critic")
             run.print(f"saved {run.final_folder}")
         if eval_prompts and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            engine.push_weights(full_parameters(model))
+            engine.push_weights(model)
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-                "critic": {name: p.detach() for name, p in critic.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
+                "critic": trained_weights(critic),
                 "optimizer": optimizer.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "critic_scheduler": critic_scheduler.state_dict(),
                 "random": random_state(), "cursor": cursor, "beta": beta, "rollout": vars(rollout),

@@ -44,7 +44,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from rich.table import Table
 from transformers import get_scheduler
 
@@ -53,12 +52,13 @@ from common.data import (
     prepare_completions, require_columns,
 )
 from common.engine import stop_ids
-from common.models import (
-    add_lora, clip_gradients, compute_dtype, describe, layout_of, load_scorer, load_tokenizer, make_optimizer,
-    save_model, score_ends, speed_up, sum_over_ranks, weight_sum,
-)
+from common.models import add_lora, compute_dtype, layout_of, load_scorer, load_tokenizer, score_ends, speed_up
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, join_ranks, make_optimizer, merge_lora, save_model, shard, sum_over_ranks,
+    trained_weights, weight_sum,
 )
 
 PAIRS, RATINGS, REFERENCES = ("chosen", "rejected"), ("prompt", "completion", "score"), ("prompt", "completion")
@@ -383,7 +383,7 @@ def main(args: Args) -> None:
     require_at_least(0, args, "max_grad_norm", "warmup_steps", "weight_decay")
     if (args.center_rewards_coefficient or 0.0) < 0:
         raise UserError(f"--center_rewards_coefficient is at least 0, not {args.center_rewards_coefficient:g}")
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -418,6 +418,7 @@ def main(args: Args) -> None:
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
     layout = "packed" if layout_of(model) == "shared" and not args.share_prompts else layout_of(model)
     run.print(describe(model))
     config = model.config.get_text_config()
@@ -521,24 +522,22 @@ def main(args: Args) -> None:
         last = step == total_steps
         if last:  # first of all: nothing that fails from here on costs the model
             if args.use_peft:
-                if ranks.is_main_process:
-                    save_model(model, tokenizer, run.folder / "adapter")
-                model = model.merge_and_unload()
+                save_model(model, tokenizer, run.folder / "adapter")
+                model = merge_lora(model)
             reference_B = score_all(
                 model, [group[:1] for group in references.groups], layout, args.max_tokens_per_micro_batch
             )
             mean, std = normalisation(reference_B)
             model.config.reward_mean, model.config.reward_std = mean, std
             run.print(f"{len(reference_B)} reference answers of {references.rows.name}: mean {mean:.3f}, std {std:.3f}")
-            if ranks.is_main_process:
-                save_model(model, tokenizer, run.final_folder)
-                run.print(f"saved {run.final_folder}")
+            save_model(model, tokenizer, run.final_folder)
+            run.print(f"saved {run.final_folder}")
         if last or (args.eval_steps and step % args.eval_steps == 0):
             for split, replies in held_out.items():
                 evaluate_reward(model, replies, split, layout, loss_of, run, args, step)
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })
 

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 from transformers import get_scheduler
 
 from common.data import (
@@ -36,13 +35,14 @@ from common.data import (
     pack, prepare, require_columns,
 )
 from common.engine import Sampling, TransformersEngine, request_seed, stop_ids
-from common.models import (
-    add_lora, clip_gradients, compute_dtype, describe, layout_of, load_policy, load_tokenizer, make_optimizer,
-    save_model, score_tokens, speed_up, sum_over_ranks, weight_sum,
-)
+from common.models import add_lora, compute_dtype, layout_of, load_policy, load_tokenizer, score_tokens, speed_up
 from common.rewards import load_reward, score
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
+)
+from common.sharding import (
+    clip_gradients, describe, join_ranks, make_optimizer, save_model, shard, sum_over_ranks, trained_weights,
+    weight_sum,
 )
 
 
@@ -240,7 +240,7 @@ def main(args: Args) -> None:
     require_at_least(
         1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length"
     )
-    ranks = PartialState(cpu=not torch.cuda.is_available())  # else torchrun on a CPU makes several runs of one rank
+    ranks = join_ranks()
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -256,6 +256,7 @@ def main(args: Args) -> None:
             model, args.lora_r, args.lora_alpha, args.lora_target_modules, args.use_rslora, args.use_dora
         )
     speed_up(model, args.gradient_checkpointing, args.torch_compile)
+    shard(model)
     run.print(describe(model))
 
     # ------------------------------------------------------------------------------------------------------ 3. data
@@ -388,7 +389,7 @@ def main(args: Args) -> None:
             run.log(step, metrics, {"tokens_per_second": tokens_seen / seconds})
             run.progress(step, total_steps, {k: metrics[k] for k in ("loss", "mean_token_accuracy", "grad_norm")})
         last = step == total_steps
-        if last and ranks.is_main_process:  # first of all: nothing that fails from here on costs the model
+        if last:  # first of all: nothing that fails from here on costs the model
             save_model(model, tokenizer, run.final_folder)
             run.print(f"saved {run.final_folder}")
         if eval_examples and (last or (args.eval_steps and step % args.eval_steps == 0)):
@@ -399,7 +400,7 @@ def main(args: Args) -> None:
             run.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         if not last:
             run.end_step(step, {
-                "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+                "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })
 

@@ -251,7 +251,8 @@ def prepare(folder: Path, settings: Settings) -> dict:
     import sft
     from common import data
     from common.engine import Sampling, TransformersEngine
-    from common.models import load_policy, load_scorer, load_tokenizer, save_model
+    from common.models import load_policy, load_scorer, load_tokenizer
+    from common.sharding import save_model
     from common.run import set_seed
 
     name = {

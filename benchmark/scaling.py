@@ -3,8 +3,7 @@
     python benchmark/scaling.py              # tables for 7B and 70B on 8 to 1,024 GPUs
     python benchmark/scaling.py --check      # the memory formula beside the peaks in benchmark/results/compare_trl_*
 
-docs/scaling.md says what to make of them. Of the shardings the scripts have the first, "replicated". Units: bytes,
-seconds, FLOP, tokens.
+docs/scaling.md says what to make of them. Units: bytes, seconds, FLOP, tokens.
 """
 
 import argparse
@@ -60,7 +59,7 @@ LLAMA_70B = Shape("70B (Llama-3.1-70B)", 80, 8192, 64, 8, 128, 28_672, 128_256)
 
 # ------------------------------------------------------------------------------------------------ memory
 
-# Bytes of a parameter: on every rank, and shared out over the ranks. Replicated is common/models.py today: bf16 weights
+# Bytes of a parameter: on every rank, and shared out over the ranks. Replicated is one process, or DDP: bf16 weights
 # 2, and in fp32 the masters 4, AdamW's moments 8, the gradients 4. FSDP2 computes with bf16 copies of the fp32 weights,
 # gathered when needed; ZeRO-3 keeps both.
 KEPT = {"replicated": (18, 0), "ZeRO-2": (2, 16), "ZeRO-3": (0, 18), "FSDP2": (0, 16)}

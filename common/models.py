@@ -1,6 +1,6 @@
-"""Models: load, adapt, run packed, score tokens, save. What changes here is what transformers or peft change.
+"""Models: load, adapt, run packed, score tokens. What changes here is what transformers or peft change.
 
-Three ideas carry this file.
+Two ideas carry this file.
 
 **Packed attention.** A micro-batch is one row of N tokens, B sequences end to end (`common/data.py`). We register one
 attention implementation under the name "packed". On CUDA it is torch's own `varlen_attn` (flash attention over
@@ -13,9 +13,6 @@ packed hidden states differ from its separate ones, which is measured at load) r
 **Token log-probs without logits.** `score_tokens` projects only positions that carry loss, in chunks, and recomputes
 the chunk's logits in the backward pass: log-softmax in fp32, temperature before it, never an [N, V] tensor.
 
-**fp32 masters.** With bf16 compute a step of 1e-6 is smaller than half an ulp of most weights and rounds away, so the
-optimiser owns fp32 copies, and gradients of every micro-batch are added up in fp32 (`MasterAdamW`).
-
 Dropout is always off: with it the ratio of two forward passes is not 1, and packed attention does not implement it.
 
 Dimension key: N tokens of a micro-batch, K positions with loss, B sequences, T positions of one sequence, V vocabulary,
@@ -23,17 +20,15 @@ H attention heads, D head size, E hidden size.
 """
 
 import copy
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import (
     AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
@@ -407,8 +402,26 @@ def without_adapter(model):
 # ------------------------------------------------------------------------------------------------ token log-probs
 
 
+def forward_pass(function):
+    """`function(model, ...)` reads weights of the model: of a sharded one it has to count as a forward pass."""
+
+    @wraps(function)
+    def run(model, *arguments, **options):
+        sharded_call = vars(base_model(model).base_model).get("sharded_call")  # set by common/sharding.py
+        if sharded_call is None:
+            return function(model, *arguments, **options)
+        return sharded_call(function, model, *arguments, **options)
+
+    return run
+
+
+@forward_pass
 def hidden_states(model, batch: MicroBatch) -> torch.Tensor:
     """Last hidden states [N, E] of one packed micro-batch."""
+    return _hidden_states(model, batch)
+
+
+def _hidden_states(model, batch: MicroBatch) -> torch.Tensor:
     model = base_model(model)
     inputs = {"input_ids": batch.input_ids_N[None], "position_ids": batch.position_ids_N[None], "use_cache": False}
     if model.config._attn_implementation == "packed":
@@ -426,6 +439,7 @@ class TokenScores(NamedTuple):
     entropies_N: torch.Tensor  # entropy of the distribution it was drawn from, nats, differentiable
     correct_N: torch.Tensor  # 1 where the token is the likeliest one
     collisions_N: torch.Tensor  # log sum_v p_v^2: how likely two draws from that distribution agree; no gradient
+    hidden_NE: torch.Tensor  # the last hidden states of all tokens, in the model's dtype: another head can read them
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -501,16 +515,13 @@ def _logits(hidden_KE, weight_VE, bias_V, temperature: float, softcap: float | N
     return z if temperature == 1.0 else z / temperature, slope
 
 
-def score_tokens(
-    model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False, hidden_NE: torch.Tensor | None = None
-) -> TokenScores:
+@forward_pass
+def score_tokens(model, batch: MicroBatch, temperature: float = 1.0, statistics: bool = False) -> TokenScores:
     """Score every token that carries loss: log-probability and, if `statistics`, the rest of TokenScores (else zeros).
 
-    `temperature` divides the logits, as the sampler's did. Statistics cost some passes over the logits. `hidden_NE` are
-    the model's hidden states, where another head needs them as well.
+    `temperature` divides the logits, as the sampler's did. Statistics cost some passes over the logits.
     """
-    if hidden_NE is None:
-        hidden_NE = hidden_states(model, batch)
+    hidden_NE = _hidden_states(model, batch)
     core = base_model(model)
     head = core.get_output_embeddings()
     position_K = batch.loss_mask_N.nonzero()[:, 0]
@@ -523,7 +534,7 @@ def score_tokens(
         statistics,
     )
     zeros_N = torch.zeros(len(hidden_NE), device=hidden_NE.device)
-    return TokenScores(*(zeros_N.index_put((position_K,), score_K) for score_K in scores))
+    return TokenScores(*(zeros_N.index_put((position_K,), score_K) for score_K in scores), hidden_NE)
 
 
 def score_ends(model, batch: MicroBatch) -> torch.Tensor:
@@ -539,134 +550,3 @@ def score_states(model, batch: MicroBatch, hidden_NE: torch.Tensor) -> torch.Ten
     return torch.zeros(len(hidden_NE), device=hidden_NE.device).index_put((position_K,), score_K)
 
 
-# ------------------------------------------------------------------------------------------------ optimiser
-
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW whose own parameters are fp32 copies of a low-precision model's: what its checkpoint said, before rounding.
-
-    A hook moves each parameter's gradient into its master's fp32 `.grad` as soon as backward has made it, so
-    micro-batches add up in fp32 and low-precision gradients never pile up. `step` writes the masters back.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], **options):
-        self.compute = parameters
-        masters = [torch.nn.Parameter(getattr(p, "exact", p.detach().float())) for p in parameters]
-        super().__init__(masters, **options)
-        for parameter, master in zip(parameters, masters):
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, master))
-
-    @staticmethod
-    def _collect(master, parameter):
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad += parameter.grad
-        parameter.grad = None
-
-    @torch.no_grad()
-    def step(self):
-        super().step()
-        torch._foreach_copy_(self.compute, self.param_groups[0]["params"])
-
-    def load_state_dict(self, state):
-        """Also restores the masters, which a plain optimiser state does not hold."""
-        super().load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            torch._foreach_copy_(self.param_groups[0]["params"], state["masters"])
-            torch._foreach_copy_(self.compute, self.param_groups[0]["params"])
-
-    def state_dict(self):
-        return {"optimizer": super().state_dict(), "masters": [p.detach() for p in self.param_groups[0]["params"]]}
-
-
-def make_optimizer(model, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float):
-    """AdamW over the trainable parameters: fused where they are fp32, with fp32 masters where they are not.
-
-    Raises:
-        UserError: nothing to train, or a negative rate.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise UserError("the model has no trainable parameter")
-    if learning_rate < 0:
-        raise UserError(f"--learning_rate must be at least 0, not {learning_rate:g}")
-    options = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
-    if all(p.dtype == torch.float32 for p in parameters):
-        return torch.optim.AdamW(parameters, **options)
-    return MasterAdamW(parameters, **options)
-
-
-def weight_sum(optimizer) -> float:
-    """One number that changes when any trained weight changes: the first update must move it."""
-    return sum(p.detach().double().abs().sum().item() for p in optimizer.param_groups[0]["params"])
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a small tensor over all ranks (itself in a single process)."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
-    """Sum gradients over ranks (the loss already divides by global counts), clip them; the norm before clipping."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        sum_over_ranks(parameter.grad)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-
-
-# ------------------------------------------------------------------------------------------------ weights out
-
-
-@torch.no_grad()
-def full_parameters(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter under its Hugging Face name, LoRA merged on the fly, one at a time: what an engine takes.
-
-    A tied output head comes under its own name as well: a loader that ties it skips the second.
-    """
-    modules = dict(base_model(model).named_modules())
-    for name, parameter in base_model(model).named_parameters(remove_duplicate=False):
-        if ".lora_" in name:
-            continue
-        owner, leaf = name.rsplit(".", 1)
-        if owner.endswith(".base_layer"):
-            layer = modules[owner.removesuffix(".base_layer")]
-            if leaf == "weight":
-                parameter = merged_weight(layer)
-            owner = owner.removesuffix(".base_layer")
-        yield f"{owner}.{leaf}", parameter.detach()
-
-
-def merged_weight(layer) -> torch.Tensor:
-    """W + scaling * B A of one LoRA layer; DoRA (2402.09353 Eq. 5) then rescales each output row to its magnitude."""
-    weight = layer.base_layer.weight.detach().float()
-    for adapter in layer.active_adapters:
-        weight = weight + layer.get_delta_weight(adapter).float()
-        if layer.use_dora.get(adapter, False):
-            magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
-            weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
-    return weight.to(layer.base_layer.weight.dtype)
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    """A stock Hugging Face folder (of PEFT under LoRA): safetensors, tokenizer, generation_config untouched."""
-    core = base_model(model)
-    core.config.use_cache = True
-    model.save_pretrained(folder)
-    core.config.use_cache = False
-    tokenizer.save_pretrained(folder)
-
-
-def describe(model) -> str:
-    """One line: class, sizes, dtype, and whether packing is on."""
-    core = base_model(model)
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packing = {
-        "shared": "packed, equal prompts computed once", "packed": "packed",
-        "single": "NOT packed: its attention mixes sequences of a row, so each runs alone",
-    }[core.layout]
-    return f"{type(core).__name__}: {total:,} parameters, {trainable:,} trainable, {core.dtype}, {packing}"

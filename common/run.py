@@ -6,14 +6,15 @@
     metrics.jsonl      one flat line per logged step; only values that a repeated run gives again, byte for byte
     clock.jsonl        seconds, tokens per second, memory: what no rerun repeats
     samples.jsonl      what the model wrote
-    checkpoints/       step-00000100/{state.pt, manifest.json}, each whole or not there
+    checkpoints/       step-00000100/{state.pt, manifest.json}, each whole or not there; sharded: slices-0.pt, ... too
     final/             the trained model
 
 A checkpoint is written under another name, synced to disk and renamed, so a process killed at any instruction leaves
 only whole ones. Its manifest holds the checksum of the state and the length of the .jsonl files, which are cut back to
 that length on resume: a killed and resumed run ends with the same bytes as one that was left alone.
 
-On several ranks every rank builds a `Run`; only the main one writes and prints, all read the same folder.
+On several ranks every rank builds a `Run`; only the main one writes and prints, all read the same folder. Of what is
+cut over the ranks (`Sliced`) each writes its own slices into the checkpoint; any number of ranks can go on from them.
 """
 
 import argparse
@@ -328,31 +329,36 @@ class Run:
 
         `log_bytes` are the logs' lengths when `state` was what it is (None: now). Keeps the newest
         `args.keep_checkpoints` (0: all). Raises pickle.UnpicklingError, on the first call rather than on the resume
-        that needs it, when the state holds something that cannot be loaded safely.
+        that needs it, when the state holds something that cannot be loaded safely. Every rank calls it.
         """
-        folder = self.checkpoints / f"step-{step:08d}"
-        if not self.writes or folder.exists():  # there already: a finished run, resumed at its last step
+        folder, slices = self.checkpoints / f"step-{step:08d}", []
+        state = without_slices(state, slices)
+        # There already: a finished run, resumed at its last step
+        if self.args.inspect or not (self.writes or slices) or folder.exists():
             return
-        for name in LOGS:  # the manifest must not promise lines that a power cut can still take
-            with (self.folder / name).open("a") as file:
-                os.fsync(file.fileno())
         aside = self.checkpoints / f".tmp-{folder.name}"
-        aside.mkdir()
         try:
-            with (aside / "state.pt").open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            # Only the structure is read here, not the tensors.
-            torch.load(aside / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+            if self.writes:
+                for name in LOGS:  # the manifest must not promise lines that a power cut can still take
+                    with (self.folder / name).open("a") as file:
+                        os.fsync(file.fileno())
+                aside.mkdir()
+                save_tensors(state, aside / "state.pt")
+            if slices:
+                dist.barrier()
+                save_tensors(slices, aside / f"slices-{dist.get_rank()}.pt")
+                dist.barrier()
+            if not self.writes:
+                return
             manifest = {
-                "step": step,
-                "sha256": sha256(aside / "state.pt"),
+                "step": step, "layout": layout_asked(),
+                "sha256": {path.name: sha256(path) for path in sorted(aside.glob("*.pt"))},
                 "log_bytes": self.log_bytes() if log_bytes is None else log_bytes,
             }
             write_whole(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         except BaseException:
-            shutil.rmtree(aside)  # on a full disk it is in everybody's way
+            if self.writes:
+                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it is in everybody's way
             raise
         aside.rename(folder)
         sync_folder(self.checkpoints)
@@ -374,15 +380,26 @@ class Run:
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             manifest = read_manifest(folder)
             if manifest is not None:
+                if manifest["layout"] != layout_asked():
+                    raise UserError(
+                        f"{folder} was written by a run in the layout {manifest['layout']}, this one is "
+                        f"{layout_asked()}: launch it as before, on any number of ranks"
+                    )
                 self.cut_logs(manifest["log_bytes"])
                 self.print(f"resuming after step {manifest['step']} from {folder}")
                 try:
-                    return manifest["step"], torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                    count = len(manifest["sha256"]) - 1
+                    slices = [
+                        torch.load(folder / f"slices-{rank}.pt", map_location="cpu", weights_only=True, mmap=True)
+                        for rank in range(count)
+                    ]
                 except UnpicklingError:
                     raise UserError(
                         f"{folder} is whole, and holds more than tensors and numbers, which no run of ours writes: "
                         "nothing of it was run; delete it, or begin a new run with another --output_dir"
                     ) from None
+                return manifest["step"], with_slices(state, slices)
             torn = folder.with_name(f"torn-{time.time_ns()}-{folder.name}")
             self.print(f"{folder} is torn (its bytes are not those of its manifest): skipped, kept as {torn.name}")
             if self.writes:
@@ -421,6 +438,22 @@ def on_any_rank(happened: bool) -> bool:
     count = torch.tensor(float(happened), device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(count)
     return count.item() > 0
+
+
+def layout_asked() -> str:
+    """How the launcher wants a model to lie on the ranks: "replicated", "FSDP2", "ZeRO-2" or "ZeRO-3".
+
+    Raises:
+        UserError: DeepSpeed with another stage.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "FSDP2"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return "replicated"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    if stage not in ("2", "3"):
+        raise UserError(f"the launcher asks for DeepSpeed with zero_stage {stage or 'unset'}: 2 and 3 are done here")
+    return f"ZeRO-{stage}"
 
 
 def plain_config(args: Any) -> dict:
@@ -512,9 +545,70 @@ def read_manifest(folder: Path) -> dict | None:
     """The manifest of a whole checkpoint; None when anything is missing or differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return manifest if manifest["sha256"] == sha256(folder / "state.pt") else None
-    except (OSError, ValueError, KeyError):
+        return manifest if all(sha256(folder / name) == sum for name, sum in manifest["sha256"].items()) else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def save_tensors(state: Any, path: Path) -> None:
+    """torch.save, on the disk when it returns; raises pickle.UnpicklingError for what could not be loaded safely."""
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    torch.load(path, weights_only=True, map_location="cpu", mmap=True)  # reads only the structure
+
+
+@dataclasses.dataclass
+class Sliced:
+    """What a state to be saved holds of a tensor that is cut along its first dimension: this rank's slice.
+
+    The slices of all ranks, one after the other, begin with the `rows` of the whole tensor; padding may follow.
+    """
+
+    tensor: torch.Tensor
+    rows: int
+
+
+@dataclasses.dataclass
+class Slices:
+    """The same in a state that was loaded: the slices of all ranks that saved it, still in the files."""
+
+    tensors: list[torch.Tensor]
+    rows: int
+
+    def part(self, start: int, count: int) -> torch.Tensor:
+        """`count` rows of the whole tensor from `start` on, zeros beyond its end."""
+        part, end, first = self.tensors[0].new_zeros(count, *self.tensors[0].shape[1:]), self.rows, 0
+        for tensor in self.tensors:
+            low, high = max(start, first), min(start + count, first + len(tensor), end)
+            if low < high:
+                part[low - start : high - start] = tensor[low - first : high - first]
+            first += len(tensor)
+        return part
+
+
+def without_slices(state: Any, slices: list[torch.Tensor]) -> Any:
+    """`state` with every Sliced replaced by where its tensor now stands in `slices`, the same place on all ranks."""
+    if isinstance(state, Sliced):
+        slices.append(state.tensor)
+        return {"slice": len(slices) - 1, "rows": state.rows}
+    if isinstance(state, dict):
+        return {name: without_slices(value, slices) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(without_slices(value, slices) for value in state)
+    return state
+
+
+def with_slices(state: Any, slices: list[list[torch.Tensor]]) -> Any:
+    """The inverse, given the `slices` of every rank: a Slices in each place."""
+    if isinstance(state, dict):
+        if state.keys() == {"slice", "rows"}:
+            return Slices([of_rank[state["slice"]] for of_rank in slices], state["rows"])
+        return {name: with_slices(value, slices) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(with_slices(value, slices) for value in state)
+    return state
 
 
 def plain_numbers(values: dict) -> dict:

@@ -30,6 +30,7 @@ from common.engine import (
 )
 from common.run import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "vocab_size": 16, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 320, "initializer_range": 0.3, "bos_token_id": 1,
@@ -341,7 +342,7 @@ def engine(tmp_path_factory):
 
 @needs_vllm
 def test_vllm_agrees_with_the_trainer_after_a_push(engine, model):
-    engine.push_weights(model.state_dict().items())
+    engine.push_weights(model)
     sampling = Sampling(12, 0.7, stop_token_ids=(2, 7), logprobs=True)
     prompts, seeds = PROMPTS * 4, [request_seed(0, 0, 0, sample) for sample in range(20)]
     completions = engine.generate(prompts, seeds, sampling)
@@ -364,7 +365,7 @@ def test_vllm_forgets_prefixes_of_old_weights(engine):
     prompt = [1] + [5 + i % 10 for i in range(299)]
     for seed in (3, 4, 5):
         model = llama(seed)
-        engine.push_weights(model.state_dict().items())
+        engine.push_weights(model)
         ours = TransformersEngine(model).generate([prompt], [0], Sampling(10, 0, logprobs=True))
         for _ in range(2):  # the second time from the cache
             theirs = engine.generate([prompt], [0], Sampling(10, 0, logprobs=True))
@@ -376,7 +377,7 @@ def test_vllm_forgets_prefixes_of_old_weights(engine):
 def test_vllm_holds_a_copy_of_the_weights(engine):
     """An optimiser step must not reach the engine by itself: half of a batch would be sampled from other weights."""
     model = llama()
-    engine.push_weights(model.state_dict().items())
+    engine.push_weights(model)
     before = engine.generate(PROMPTS, [0] * 5, Sampling(8, 0))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -387,7 +388,7 @@ def test_vllm_holds_a_copy_of_the_weights(engine):
 
 @needs_vllm
 def test_vllm_processes_logits_in_the_same_order(engine, model):
-    engine.push_weights(model.state_dict().items())
+    engine.push_weights(model)
     sampling = Sampling(1, 1.5, top_p=0.8, top_k=6, min_p=0.02, repetition_penalty=1.3, logprobs=True)
     ours = TransformersEngine(model).generate([PROMPTS[0]] * 300, list(range(300)), sampling)
     theirs = engine.generate([PROMPTS[0]] * 300, list(range(300)), sampling)
@@ -398,7 +399,7 @@ def test_vllm_processes_logits_in_the_same_order(engine, model):
 
 @needs_vllm
 def test_vllm_errors_are_one_sentence(engine, model, monkeypatch):
-    engine.push_weights(model.state_dict().items())
+    engine.push_weights(model)
     with pytest.raises(UserError, match="max_completion_length"):
         engine.generate([[1] * 317], [0], Sampling(4))
 
@@ -410,10 +411,45 @@ def test_vllm_errors_are_one_sentence(engine, model, monkeypatch):
         with pytest.raises(UserError, match="died while sampling 1 completions: RuntimeError: out of memory on rank"):
             engine.generate([[1, 5]], [0], Sampling(4))
     with pytest.raises(UserError, match="did not take the new weights"):
-        engine.push_weights([("model.no_such.weight", torch.zeros(3))])
-    engine.push_weights(model.state_dict().items())
+        engine.load_weights([("model.no_such.weight", torch.zeros(3))])
+    engine.push_weights(model)
     engine.sleep(), engine.wake()  # nothing on CPU
     assert disagreement(model, PROMPTS, engine.generate(PROMPTS, [0] * 5, Sampling(4, logprobs=True)))["max"] < 1e-3
+
+
+ADAPTER = """
+import copy, sys
+from pathlib import Path
+import torch
+from peft import LoraConfig, get_peft_model
+from test_engine import PROMPTS, disagreement, llama
+from common.engine import Sampling, VLLMEngine, build_engine
+
+config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_rslora=True, task_type="CAUSAL_LM")
+model = get_peft_model(llama(), config).eval()
+engine = build_engine("vllm", model, Path(sys.argv[1]), dtype="float32", max_model_len=320)
+load, loads = engine.load_weights, []
+engine.load_weights = lambda tensors: loads.append(1) or load(tensors)
+for round in range(3):
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    engine.push_weights(model)
+    completions = engine.generate(PROMPTS, [0] * 5, Sampling(8, 0.7, logprobs=True))
+    assert disagreement(model, PROMPTS, completions, 0.7)["max"] < 1e-3
+    assert disagreement(before, PROMPTS, completions, 0.7)["mean"] > 0.1
+assert len(loads) == 1
+"""
+
+
+@needs_vllm
+def test_of_a_lora_model_only_the_adapter_is_pushed_after_the_first_time(tmp_path):
+    command = [sys.executable, "-c", ADAPTER, str(tmp_path / "engine")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_vllm

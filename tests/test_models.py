@@ -24,22 +24,18 @@ from transformers import (
 from common import models
 from common.data import Example, collate, pack
 from common.models import (
-    MasterAdamW,
     add_lora,
-    clip_gradients,
-    full_parameters,
     is_scorer,
     layout_of,
     load_policy,
     load_scorer,
     load_tokenizer,
-    make_optimizer,
     prepare_model,
-    save_model,
     score_ends,
     score_tokens,
     without_adapter,
 )
+from common.sharding import MasterAdamW, clip_gradients, full_parameters, make_optimizer, save_model
 from common.run import UserError
 
 SMALL = dict(

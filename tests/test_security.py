@@ -121,7 +121,7 @@ def test_a_checkpoint_with_a_pickle_in_it_is_refused(tmp_path, capsys):
     folder = tmp_path / "run/checkpoints/step-00000001"
     torch.save({"model": Bomb(tmp_path / "ran")}, folder / "state.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+    manifest["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -300,10 +300,10 @@ import os, sys
 from pathlib import Path
 import torch
 from common.engine import Sampling, build_engine
-from common.models import full_parameters, load_policy
+from common.models import load_policy
 model = load_policy("toy", torch.float32, torch.device("cpu"))
 engine = build_engine("vllm", model, Path("engine"), dtype="float32", max_model_len=64)
-engine.push_weights(full_parameters(model))
+engine.push_weights(model)
 engine.generate([[1, 5, 6, 3]], [1], Sampling(max_tokens=4))
 links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
 for table in ("tcp", "tcp6"):
