@@ -356,7 +356,8 @@ def make_optimizer(model, learning_rate: float, betas: tuple[float, float], eps:
 def weight_sum(optimizer) -> float:
     """A number, the same on all ranks, that changes when any trained weight changes: the first update must move it."""
     weights = optimizer.masters() if isinstance(optimizer, ZeroAdamW) else optimizer.param_groups[0]["params"]
-    return sum_over_ranks(sum(p.detach().double().abs().sum() for p in weights)).item()
+    parts = (part for p in weights for part in p.detach().flatten().split(2**20))  # all in fp64 would be the peak
+    return sum_over_ranks(sum(part.double().abs().sum() for part in parts)).item()
 
 
 def world_size() -> int:

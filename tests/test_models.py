@@ -35,8 +35,8 @@ from common.models import (
     score_tokens,
     without_adapter,
 )
-from common.sharding import MasterAdamW, clip_gradients, full_parameters, make_optimizer, save_model
 from common.run import UserError
+from common.sharding import MasterAdamW, clip_gradients, full_parameters, make_optimizer, save_model, weight_sum
 
 SMALL = dict(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
@@ -113,9 +113,9 @@ def test_a_leak_between_documents_does(monkeypatch):
 
 
 def one_document(batch):
-    index = torch.arange(len(batch.input_ids_N))[None]
-    ages = index.T - index
-    return models.Segments(batch.cu_seqlens, batch.cu_seqlens, 0, 0, None, [(index, index, ages)], index[0])
+    index = torch.arange(len(batch.input_ids_N))
+    ages = index[:, None] - index
+    return models.Segments(batch.cu_seqlens, batch.cu_seqlens, 0, 0, index, index, [(1, ages)], index)
 
 
 def families(seed=0) -> list[Example]:
@@ -154,6 +154,46 @@ def test_shared_prompts_change_no_score_and_no_gradient(kind):
     assert results[1][2] == 6 + 4 + 20 + 2 + 1 + 3 + 8 + 11 + 5
 
 
+@pytest.mark.parametrize("prefix, window", [(0, None), (75, None), (0, 40), (75, 40)])
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_attention_in_blocks_equals_torchs(prefix, window, heads, dtype, tolerance):
+    """Of 150 queries, three blocks, the last not whole, behind a shared prompt or not; values and gradients."""
+    torch.manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(2, number, length, 16).to(dtype)
+        for number, length in ((heads, 150), (2, prefix + 150), (2, prefix + 150), (heads, 150))
+    )
+    age_TS = prefix + torch.arange(150)[:, None] - torch.arange(prefix + 150)
+    mask_TS = (age_TS >= 0) & (age_TS < (window or 1000))
+    answers = []
+    for attend, kind in (
+        (lambda *qkv: models.block_attention(*qkv, mask_TS, 0.3), dtype),
+        (lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*qkv, mask_TS, scale=0.3, enable_gqa=True),
+         torch.float64),
+    ):  # fmt: skip
+        inputs = [x.to(kind).requires_grad_() for x in (query, key, value)]
+        out = attend(*inputs)
+        answers.append([x.double() for x in (out, *torch.autograd.grad(out, inputs, grad.to(kind)))])
+    for ours, theirs in zip(*answers):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_long_sequences_attend_as_they_do_alone():
+    """Each over more than one block, in rectangles of several and of one, and longer than blocks are for."""
+    generator, model = np.random.default_rng(0), build("llama")
+    prompt, model.config.max_position_embeddings = generator.integers(0, 97, 70).astype(np.int32), 2048
+    parts = [generator.integers(0, 97, length).astype(np.int32) for length in (90, 100, 31, 3)]
+    examples = [Example(np.concatenate([prompt, ids]), [False] * 70 + [True] * len(ids), 0, 70) for ids in parts]
+    examples.append(Example(generator.integers(0, 97, 1100).astype(np.int32), [False] + [True] * 1099, 0))
+    for layout in ("packed", "shared"):
+        batch = collate(examples, [4, 2, 0, 1, 3], "cpu", layout)
+        got = batch.give(score_tokens(model, batch).logprobs_N)
+        for i, logprobs_T in zip(batch.indices, got):
+            expected_T, _, _ = slow_scores(model, examples[i], 1.0)
+            torch.testing.assert_close(logprobs_T.double(), expected_T, atol=2e-5, rtol=1e-5)
+
+
 def test_take_and_give_are_inverse_on_a_shared_row():
     examples = families()
     batch = collate(examples, [4, 0, 2, 1], "cpu", "shared")
@@ -181,17 +221,17 @@ def test_soft_capped_attention_is_not_packed():
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("chunk", [2, 5, 64])
-def test_gradients_of_scores_equal_autograd(chunk, softcap):
+@pytest.mark.parametrize("most", [1, 2**22])  # many chunks of positions and of words, or one
+def test_gradients_of_scores_equal_autograd(most, softcap):
     """Log-probs and entropies through the chunked, recomputing function against plain float64 autograd."""
     from common.models import _ScoreTokens
 
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(23, generator=generator, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(23, (11,), generator=generator)
-    mix_logprob, mix_entropy = torch.randn(2, 11, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(150, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2500, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2500, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(2500, (150,), generator=generator)
+    mix_logprob, mix_entropy = torch.randn(2, 150, generator=generator, dtype=torch.float64)
 
     z = hidden @ weight.T + bias
     z = (softcap * torch.tanh(z / softcap) if softcap else z) / 0.7
@@ -201,7 +241,7 @@ def test_gradients_of_scores_equal_autograd(chunk, softcap):
     expected = torch.autograd.grad(plain, (hidden, weight, bias))
 
     leaves = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
-    logprobs, entropies, *_ = _ScoreTokens.apply(*leaves, target, 0.7, softcap, chunk, True)
+    logprobs, entropies, *_ = _ScoreTokens.apply(*leaves, target, 0.7, softcap, most, True)
     loss = (mix_logprob.float() * logprobs).sum() + (mix_entropy.float() * entropies).sum()
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-4)
@@ -261,6 +301,19 @@ def test_masters_keep_small_updates_that_bf16_loses():
         if step == 0:
             assert (model.weight == 1.0).all() and (optimizer.param_groups[0]["params"][0] < 1.0).all()
     assert (model.weight < 1.0).all()
+
+
+def test_the_sum_of_weights_sees_every_part_of_a_table():
+    """Taken in parts of a million, for a table of embeddings in fp64 would be more than all else of a step."""
+    model = torch.nn.Embedding(1100, 2000)
+    optimizer = make_optimizer(model, 1e-4, (0.9, 0.95), 1e-8, 0.0)
+    before = weight_sum(optimizer)
+    assert before == pytest.approx(model.weight.detach().double().abs().sum().item(), rel=1e-12)
+    for row in (0, 600, 1099):
+        with torch.no_grad():
+            model.weight[row, 0] *= 1.001
+        before, last = weight_sum(optimizer), before
+        assert before > last
 
 
 def test_master_gradients_add_up_in_fp32():
