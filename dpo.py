@@ -105,6 +105,12 @@ class Args:
     """Log every so many optimiser steps."""
     report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers that mirror metrics.jsonl."""
+    push_to_hub: bool = False
+    """Upload final/ with its model card to the Hugging Face hub at the end (`hf auth login` or HF_TOKEN)."""
+    hub_model_id: str = ""
+    """Its name there, "owner/name" or "name" ("": that of the run folder)."""
+    hub_private_repo: bool = False
+    """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
 
@@ -220,6 +226,10 @@ class Args:
     # Evaluation
     eval_steps: int = 0
     """Evaluate every so many steps (0: only before the first and after the last)."""
+    metric_for_best_model: str = ""
+    """Keep the model that is best by this number, named as in metrics.jsonl, in best/ ("": off)."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better (None: no if its name ends in "loss", else yes)."""
     eval_reward_funcs: list[str] = field(default_factory=list)
     """Score sampled and greedy replies to the evaluation prompts with these: module:function, file.py:function, or a
     reward model's folder; the toy uses its exact match. Without any, nothing is generated."""
@@ -634,6 +644,7 @@ def main(args: Args) -> None:
         run.log(step, metrics)
         when = f"after step {step}" if step else "before training"
         run.print(f"{when}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        run.keep_best(step, metrics, lambda folder: save_model(model, tokenizer, folder))
 
     if eval_examples and first_step == 0 and not args.inspect:
         evaluate(0)
@@ -791,7 +802,7 @@ def main(args: Args) -> None:
                 "reference": dict(reference.named_parameters()) if args.sync_ref_model else None,
             })
 
-    run.close()
+    run.finish()
 
 
 if __name__ == "__main__":

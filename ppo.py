@@ -91,7 +91,7 @@ from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
 )
 from common.sharding import (
-    clip_gradients, describe, join_ranks, make_optimizer, merge_lora, save_model, shard,
+    clip_gradients, describe, join_ranks, make_optimizer, save_model, shard,
     sum_over_ranks, trained_weights, weight_sum,
 )
 
@@ -115,6 +115,12 @@ class Args:
     """Show a few prompts, completions and rewards every so many optimiser steps (0: never)."""
     report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers that mirror metrics.jsonl."""
+    push_to_hub: bool = False
+    """Upload final/ with its model card to the Hugging Face hub at the end (`hf auth login` or HF_TOKEN)."""
+    hub_model_id: str = ""
+    """Its name there, "owner/name" or "name" ("": that of the run folder)."""
+    hub_private_repo: bool = False
+    """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role and advantage, and exit."""
 
@@ -286,6 +292,10 @@ class Args:
     """Split of the evaluation data."""
     eval_steps: int = 0
     """Evaluate every so many steps (0: only before the first and after the last)."""
+    metric_for_best_model: str = ""
+    """Keep the model that is best by this number, named as in metrics.jsonl, in best/ ("": off), without its critic."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better (None: no if its name ends in "loss", else yes)."""
     num_generations_eval: int = 1
     """k, sampled completions of each held-out prompt: pass@1 is their mean, pass@k any, maj@k the majority."""
     max_eval_samples: int = 512
@@ -545,8 +555,7 @@ def token_values(critic, batch: MicroBatch, hidden_NE: torch.Tensor) -> torch.Te
 
 def save_critic(critic, tokenizer, folder: Path) -> None:
     """A stock sequence-classification folder, LoRA merged: --value_model takes it again."""
-    core = merge_lora(critic) if hasattr(critic, "peft_config") else critic
-    save_model(core, tokenizer, folder)
+    save_model(base_model(critic), tokenizer, folder)
 
 
 def roll_out(
@@ -873,6 +882,7 @@ def main(args: Args) -> None:
         metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, 0, args, ranks, run)
         run.log(0, metrics)
         run.print("before training  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        run.keep_best(0, metrics, lambda folder: save_model(model, tokenizer, folder))
 
     # ------------------------------------------------------------------------------------------------------- 8. loop
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
@@ -1045,6 +1055,7 @@ def main(args: Args) -> None:
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            run.keep_best(step, metrics, lambda folder: save_model(model, tokenizer, folder))
         if not last:
             run.end_step(step, {
                 "model": trained_weights(model),
@@ -1056,7 +1067,7 @@ def main(args: Args) -> None:
             })
 
     engine.close()
-    run.close()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,12 +53,14 @@ from common.data import (
     prepare_completions, require_columns,
 )
 from common.engine import stop_ids
-from common.models import add_lora, compute_dtype, layout_of, load_scorer, load_tokenizer, score_ends, speed_up
+from common.models import (
+    add_lora, base_model, compute_dtype, layout_of, load_scorer, load_tokenizer, score_ends, speed_up,
+)
 from common.run import (
     Run, UserError, launch, random_state, require_at_least, restore_random_state, set_seed, show_batch,
 )
 from common.sharding import (
-    clip_gradients, describe, join_ranks, make_optimizer, merge_lora, save_model, shard, sum_over_ranks,
+    clip_gradients, describe, join_ranks, make_optimizer, save_model, shard, sum_over_ranks,
     trained_weights, weight_sum,
 )
 
@@ -81,6 +84,12 @@ class Args:
     """Log every so many optimiser steps."""
     report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers that mirror metrics.jsonl."""
+    push_to_hub: bool = False
+    """Upload final/ with its model card to the Hugging Face hub at the end (`hf auth login` or HF_TOKEN)."""
+    hub_model_id: str = ""
+    """Its name there, "owner/name" or "name" ("": that of the run folder)."""
+    hub_private_repo: bool = False
+    """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
 
@@ -167,6 +176,11 @@ class Args:
     # Evaluation
     eval_steps: int = 0
     """Evaluate every so many steps (0: only before training and at the end)."""
+    metric_for_best_model: str = ""
+    """Keep the model that is best by this number, named as in metrics.jsonl, in best/ ("": off), as whole as final/:
+    an adapter merged, reward_mean and reward_std its own."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better (None: no if its name ends in "loss", else yes)."""
     max_eval_samples: int = 512
     """Rows of each evaluation split that are used."""
 
@@ -289,8 +303,8 @@ def score_all(model, groups: list[list[Example]], layout: Layout, max_tokens: in
 
 def evaluate_reward(
     model, replies: RewardData, split: str, layout: Layout, loss_of, run: Run, args: Args, step: int
-) -> None:
-    """Logs and prints scores of held-out replies; of pairs how often, where and how confidently they are in order.
+) -> dict[str, float]:
+    """Logs, prints, returns scores of held-out replies; of pairs how often, where, how confidently they are in order.
 
     Confidence of a pair is sigmoid(|r_w - r_l|), how often the model itself expects to be right; `ece` is how far it is
     off. accuracy_ci95 is half of a normal 95 % interval. Length is that of the reply in tokens.
@@ -317,7 +331,9 @@ def evaluate_reward(
             plot_reliability(confidence_P, right_P, run.folder / f"reliability_{split}.png")
     shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if not name.startswith("accuracy/"))
     run.print(f"{split} after step {step}: {shown}")
-    run.log(step, {f"eval/{split}/{name}": value for name, value in metrics.items()})
+    metrics = {f"eval/{split}/{name}": value for name, value in metrics.items()}
+    run.log(step, metrics)
+    return metrics
 
 
 def parts_of(gap_P: torch.Tensor, longer_P: torch.Tensor, sources: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -459,9 +475,25 @@ def main(args: Args) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         restore_random_state(state["random"])
-    if first_step == 0 and not args.inspect:
+
+    def save(folder: Path) -> None:
+        """A reward model: LoRA merged, and what the reference answers score now in its config."""
+        reference_B = score_all(
+            model, [group[:1] for group in references.groups], layout, args.max_tokens_per_micro_batch
+        )
+        mean, std = normalisation(reference_B)
+        model.config.reward_mean, model.config.reward_std = mean, std
+        run.print(f"{len(reference_B)} reference answers of {references.rows.name}: mean {mean:.3f}, std {std:.3f}")
+        save_model(base_model(model), tokenizer, folder)
+
+    def evaluate(step: int) -> None:
+        metrics = {}
         for split, replies in held_out.items():
-            evaluate_reward(model, replies, split, layout, loss_of, run, args, 0)
+            metrics |= evaluate_reward(model, replies, split, layout, loss_of, run, args, step)
+        run.keep_best(step, metrics, save)
+
+    if first_step == 0 and not args.inspect:
+        evaluate(0)
 
     # ------------------------------------------------------------------------------------------------------- 6. loop
     clock, tokens_seen, together = time.perf_counter(), 0, len(train.groups[0])
@@ -523,25 +555,17 @@ def main(args: Args) -> None:
         if last:  # first of all: nothing that fails from here on costs the model
             if args.use_peft:
                 save_model(model, tokenizer, run.folder / "adapter")
-                model = merge_lora(model)
-            reference_B = score_all(
-                model, [group[:1] for group in references.groups], layout, args.max_tokens_per_micro_batch
-            )
-            mean, std = normalisation(reference_B)
-            model.config.reward_mean, model.config.reward_std = mean, std
-            run.print(f"{len(reference_B)} reference answers of {references.rows.name}: mean {mean:.3f}, std {std:.3f}")
-            save_model(model, tokenizer, run.final_folder)
+            save(run.final_folder)
             run.print(f"saved {run.final_folder}")
         if last or (args.eval_steps and step % args.eval_steps == 0):
-            for split, replies in held_out.items():
-                evaluate_reward(model, replies, split, layout, loss_of, run, args, step)
+            evaluate(step)
         if not last:
             run.end_step(step, {
                 "model": trained_weights(model),
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_state(),
             })
 
-    run.close()
+    run.finish()
 
 
 if __name__ == "__main__":

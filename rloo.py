@@ -93,6 +93,12 @@ class Args:
     """Show a few prompts, completions and rewards every so many optimiser steps (0: never)."""
     report_to: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)
     """Trackers that mirror metrics.jsonl."""
+    push_to_hub: bool = False
+    """Upload final/ with its model card to the Hugging Face hub at the end (`hf auth login` or HF_TOKEN)."""
+    hub_model_id: str = ""
+    """Its name there, "owner/name" or "name" ("": that of the run folder)."""
+    hub_private_repo: bool = False
+    """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role and advantage, and exit."""
 
@@ -239,6 +245,10 @@ class Args:
     """Split of the evaluation data."""
     eval_steps: int = 0
     """Evaluate every so many steps (0: only before the first and after the last)."""
+    metric_for_best_model: str = ""
+    """Keep the model that is best by this number, named as in metrics.jsonl, in best/ ("": off)."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better (None: no if its name ends in "loss", else yes)."""
     num_generations_eval: int = 1
     """k, sampled completions of each held-out prompt: pass@1 is their mean, pass@k any, maj@k the majority."""
     max_eval_samples: int = 512
@@ -694,6 +704,7 @@ def main(args: Args) -> None:
         metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, 0, args, ranks, run)
         run.log(0, metrics)
         run.print("before training  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        run.keep_best(0, metrics, lambda folder: save_model(model, tokenizer, folder))
 
     # ------------------------------------------------------------------------------------------------------- 8. loop
     epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
@@ -861,6 +872,7 @@ def main(args: Args) -> None:
             metrics = evaluate(engine, tokenizer, eval_rows, eval_prompts, rewards, sampling, step, args, ranks, run)
             run.log(step, metrics)
             run.print(f"after step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            run.keep_best(step, metrics, lambda folder: save_model(model, tokenizer, folder))
         if not last:
             run.end_step(step, {
                 "model": trained_weights(model),
@@ -869,7 +881,7 @@ def main(args: Args) -> None:
             })
 
     engine.close()
-    run.close()
+    run.finish()
 
 
 if __name__ == "__main__":

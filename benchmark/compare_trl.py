@@ -198,13 +198,13 @@ def enter_process(function: Callable, folder: Path, *args) -> None:
 
 
 def start_stopwatch() -> list[dict]:
-    """A list that grows by one entry where a step clips its gradients: both sides call torch's function for that."""
+    """A list that grows by one entry where a step clips its gradients; TRL and we call two functions of torch."""
     import torch
 
-    clip, stamps = torch.nn.utils.clip_grad_norm_, []
+    stamps = []
 
-    def clip_and_stamp(*args, **kwargs):
-        norm = clip(*args, **kwargs)
+    def clip_and_stamp(*args, real, **kwargs):
+        norm = real(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         stamps.append({"wall": time.perf_counter(), "cpu": time.process_time(), "memory": memory("VmHWM")})
@@ -212,7 +212,8 @@ def start_stopwatch() -> list[dict]:
             torch.cuda.reset_peak_memory_stats()  # forget what loading took
         return norm
 
-    torch.nn.utils.clip_grad_norm_ = clip_and_stamp
+    for name in ("clip_grad_norm_", "clip_grads_with_norm_"):
+        setattr(torch.nn.utils, name, partial(clip_and_stamp, real=getattr(torch.nn.utils, name)))
     return stamps
 
 

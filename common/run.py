@@ -7,7 +7,8 @@
     clock.jsonl        seconds, tokens per second, memory: what no rerun repeats
     samples.jsonl      what the model wrote
     checkpoints/       step-00000100/{state.pt, manifest.json}, each whole or not there; sharded: slices-0.pt, ... too
-    final/             the trained model
+    final/             the trained model, with a model card
+    best/              with --metric_for_best_model: the model that evaluated best, and best.json: when, and how well
 
 A checkpoint is written under another name, synced to disk and renamed, so a process killed at any instruction leaves
 only whole ones. Its manifest holds the checksum of the state and the length of the .jsonl files, which are cut back to
@@ -52,6 +53,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from common.hub import check_login, in_one_line, model_card, push
 
 ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 LOGS = ("metrics.jsonl", "clock.jsonl", "samples.jsonl")
@@ -149,7 +152,8 @@ def require_at_least(minimum: float, args: Any, *names: str) -> None:
 class Run:
     """A run folder with its logs, its checkpoints and its console.
 
-    Of `args`, a dataclass, it reads output_dir, resume, seed, save_steps, keep_checkpoints, report_to and inspect.
+    Of `args`, a dataclass, it reads output_dir, resume, seed, save_steps, keep_checkpoints, report_to, inspect, what is
+    said of the best model (and whether anything is evaluated), and what is said of the hub.
     """
 
     def __init__(self, args: Any, script: str, is_main: bool = True):
@@ -168,6 +172,10 @@ class Run:
         self.wandb = self.tensorboard = None
         self.latest: tuple[int, dict, dict] | None = None  # of the last whole step: what save_checkpoint takes
         self.stopping = False  # SIGTERM has come
+        if args.metric_for_best_model and not args.eval_steps:
+            raise UserError("--metric_for_best_model compares evaluations: give --eval_steps, how often to evaluate")
+        if args.metric_for_best_model and not (args.eval_dataset_name or args.dataset_name.startswith("toy:")):
+            raise UserError("--metric_for_best_model compares evaluations: give --eval_dataset_name, held-out data")
         if not self.writes:
             return
 
@@ -180,16 +188,23 @@ class Run:
             raise UserError(f"{self.folder} already holds a run: {remedy}")
         if holds_a_run:
             refuse_other_config(self.folder / "config.yaml", config)
+        self.hub_name = args.hub_model_id or self.folder.resolve().name
+        if args.push_to_hub:
+            try:
+                check_login(self.hub_name)
+            except Exception as error:  # no token, a wrong one, no network, a name that is none
+                remedy = "log in by `hf auth login` or HF_TOKEN, mend --hub_model_id, or leave --push_to_hub out"
+                raise UserError(f"cannot push to {self.hub_name} ({in_one_line(error)}): {remedy}") from error
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder} cannot be created: {error.strerror}") from None
         self.lock = lock_folder(self.folder)
-        for leftover in self.checkpoints.glob(".tmp-*"):  # of a killed process
+        for leftover in [*self.checkpoints.glob(".tmp-*"), *self.folder.glob(".tmp-best*")]:  # of a killed process
             shutil.rmtree(leftover)
 
         source = Path(script).read_text(encoding="utf-8")
-        environment = describe_environment(Path(script).parent, args.seed)
+        environment = {"script": Path(script).name} | describe_environment(Path(script).parent, args.seed)
         if holds_a_run:
             before = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
             environment |= {"run_id": before["run_id"], "before_resume": before}
@@ -281,6 +296,42 @@ class Run:
     def final_folder(self) -> Path:
         """Where the trained model goes."""
         return self.folder / "final"
+
+    def keep_best(self, step: int, metrics: dict[str, float], save: Callable[[Path], None]) -> None:
+        """To be called when an evaluation has been logged: if it is the best so far, `save(folder)` makes best/ anew.
+
+        Equal is not better, and what is no number never is. What came before is read in metrics.jsonl, which is cut
+        back on resume: there is no state to lose. The old best/ goes when the new one is whole. Every rank calls it.
+        Raises UserError when the evaluation has no `args.metric_for_best_model`.
+        """
+        name, higher = self.args.metric_for_best_model, self.args.greater_is_better
+        if not name:
+            return
+        if name not in metrics:
+            there_are = ", ".join(metrics) or "none"
+            raise UserError(f"--metric_for_best_model {name} is in no evaluation; their numbers are: {there_are}")
+        value = plain_numbers({name: metrics[name]})[name]
+        sign, is_best = 1 if (not name.endswith("loss") if higher is None else higher) else -1, False
+        if self.writes and value is not None:
+            with (self.folder / "metrics.jsonl").open(encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file if json.dumps(name, ensure_ascii=False) in line]
+            before = [line[name] for line in lines if line["step"] < step and line[name] is not None]
+            is_best = all(sign * value > sign * other for other in before)
+        if not on_any_rank(is_best):
+            return
+        best, aside, old = (self.folder / name for name in ("best", ".tmp-best", ".tmp-best-old"))
+        save(aside)
+        if self.writes:
+            write_whole(aside / "best.json", json.dumps({"step": step, "metric": name, "value": value}) + "\n")
+            for path in aside.iterdir():  # a checkpoint from here on relies on it
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
+            if best.exists():
+                best.rename(old)
+            aside.rename(best)
+            sync_folder(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+        self.print(f"the best {name} so far, {show(value)}: saved {best}")
 
     def end_step(self, step: int, state: dict) -> None:
         """To be called after every step but the last: saves `state` every `args.save_steps`, and when told to stop.
@@ -414,6 +465,25 @@ class Run:
             with (self.folder / name).open("ab") as file:
                 file.truncate(min(file.tell(), log_bytes.get(name, 0)))
 
+    def finish(self) -> None:
+        """Puts a model card in final/, closes the run and, if `args.push_to_hub`, puts final/ on the hub.
+
+        Raises UserError, which says how to do it by hand, when the push fails.
+        """
+        final, private = self.final_folder, self.args.hub_private_repo
+        saved = self.writes and final.exists()  # not after a resume with --max_steps below what was done
+        if saved:
+            write_whole(final / "README.md", model_card(self.folder))
+        self.close()
+        if saved and self.args.push_to_hub:
+            try:
+                self.print(f"pushed {final} to {push(final, self.hub_name, private)}")
+            except Exception as error:  # whatever it was, the model is there
+                by_hand = f"hf upload {self.hub_name} {final}" + " --private" * private
+                raise UserError(
+                    f"the model is safe in {final}, but pushing it failed ({in_one_line(error)}): `{by_hand}` does it"
+                ) from error
+
     def close(self) -> None:
         """Flushes the trackers and frees the folder."""
         if self.wandb is not None:
@@ -463,7 +533,7 @@ def plain_config(args: Any) -> dict:
 
 def refuse_other_config(path: Path, config: dict) -> None:
     """UserError when a resumed run would go on with other flags; how long, how often and where to is free to change."""
-    free = re.compile(r"resume|output_dir|max_steps|keep_checkpoints|inspect|(save|log|logging|report)_.*")
+    free = re.compile(r"resume|output_dir|max_steps|keep_checkpoints|inspect|(save|log|logging|report|push|hub)_.*")
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = [name for name in {**before, **config} if not free.fullmatch(name) and before.get(name) != config.get(name)]
     if names:

@@ -161,15 +161,15 @@ def start_zero(model, optimizer=None):
 
 
 @contextmanager
-def pieces(parameters, change: bool = False):
-    """For as long as this lasts, those weights that ZeRO-3 has cut are whole on every rank, to be read, or changed."""
+def pieces(parameters):
+    """For as long as this lasts, those weights that ZeRO-3 has cut are whole on every rank, to be read."""
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if change else None):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 
@@ -399,16 +399,16 @@ def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
 
 @torch.no_grad()
 def full_parameters(model, merge: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter under its Hugging Face name, one at a time: what an engine takes. Of LoRA merged, or without it.
+    """Every parameter under its Hugging Face name, one at a time, for engines and files. LoRA merged, or left out.
 
     A tied output head comes under its own name as well: a loader that ties it skips the second. Sharded weights are
     gathered one by one, so every rank has to ask for all of them.
     """
     modules = dict(base_model(model).named_modules())
     for name, parameter in base_model(model).named_parameters(remove_duplicate=False):
-        if ".lora_" in name:
+        if ".lora_" in name or ".original_module." in name:
             continue
-        owner, leaf = name.rsplit(".", 1)
+        owner, leaf = name.replace(".modules_to_save.default", "").rsplit(".", 1)  # the head of a scorer
         if owner.endswith(".base_layer"):
             layer = modules[owner.removesuffix(".base_layer")]
             if leaf == "weight" and merge:
@@ -436,15 +436,6 @@ def merged_weight(layer) -> torch.Tensor:
             magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float()
             weight = weight * (magnitude / weight.norm(dim=1)).unsqueeze(1)
     return weight.to(layer.base_layer.weight.dtype)
-
-
-def merge_lora(model):
-    """The model without its adapter, whose change to the weights is now in them."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            with pieces(module.parameters(), change=True):
-                module.merge()
-    return model.unload()
 
 
 def save_adapter(model, folder: Path) -> None:

@@ -731,8 +731,10 @@ def test_no_cut_matters(axis, run, scorer):
         for a, b in zip(whole.rollouts, again.rollouts, strict=True):
             assert torch.equal(a.input_ids_A, b.input_ids_A)
         for k, (step, expected) in enumerate(zip(again.steps, whole.steps, strict=True)):
+            # Once Adam has divided by |g|, weights differ by 1e-8; where most of a gradient cancels, that comes back.
+            limit = 2e-5 if k else 1e-5
             if k >= whole.args.critic_warmup_steps:
-                assert difference(step.gradient, expected.gradient) < 1e-5, f"{name}, step {k}"
+                assert difference(step.gradient, expected.gradient) < limit, f"{name}, step {k}"
             assert difference(step.critic_gradient, expected.critic_gradient) < 1e-5, f"{name}, step {k}"
             for key, value in expected.metrics.items():
                 assert step.metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{key}, {name}, step {k}"
@@ -795,7 +797,6 @@ SAVED = {
 @pytest.mark.parametrize("case", SAVED)
 def test_the_critic_is_a_stock_folder(case, policy, scorer, toy_file, tmp_path, monkeypatch):
     """critic/ gives transformers, and --value_model, the values that the trained critic had; LoRA merged."""
-    monkeypatch.setattr("common.run.describe_environment", lambda *_: {"run_id": "recorded"})
     examples = [
         Example(ids, [i >= 4 for i in range(len(ids))], 0, 4)
         for ids in ([1, 9, 8, 3, 8, 9, 2], [1, 9, 8, 3, 5], [1, 7, 6, 3, 6, 7, 5, 2, 2])

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ["final/model.safetensors", "metrics.jsonl", "samples.jsonl"]
+FILES = ["final/model.safetensors", "best/model.safetensors", "best/best.json", "metrics.jsonl", "samples.jsonl"]
 PATIENCE = 300  # seconds; a run takes three to ten
 AT_A_TIME = 2  # processes: each spends most of its life on imports
 SHORT = "--dataset_split train[:400] --max_steps 12 --save_steps 1 --eval_steps 6 --max_eval_samples 16 "
@@ -39,6 +39,11 @@ FLAGS = {
     # A running mean and a reference that moves have to survive
     "dpo": PAIRS + "--loss_type sigmoid bco_pair aot --sync_ref_model --ref_model_sync_steps 2",
     "kto": PAIRS, "orpo": PAIRS, "reward": PAIRS + "--normalize_split train[:32]",
+}  # fmt: skip
+BEST = {"sft": "eval/loss", "reward": "eval/test/accuracy"} | dict.fromkeys(("grpo", "ppo", "rloo"), "eval/graded")
+FLAGS = {
+    script: f"{flags} --metric_for_best_model {BEST.get(script, 'eval/rewards/margins')}"
+    for script, flags in FLAGS.items()
 }  # fmt: skip
 VICTIMS = {  # where a process may kill itself, and at which call
     "rewards": ("common.rewards._call", 4),  # sampled and not yet rewarded (the first two calls are evaluations)

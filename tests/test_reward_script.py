@@ -388,6 +388,23 @@ def test_head_is_one_label_and_reproducible(policy, short_run):
     assert isinstance(config["reward_mean"], float) and config["reward_std"] > 0
 
 
+@pytest.mark.parametrize("greater, step", [(None, 12), (True, 0)])
+def test_the_best_is_whole_and_normalised(policy, short_run, greater, step):
+    """Of the last step it is final/; of any other, too, references score 0 on average, with a deviation of 1."""
+    folder, *_ = short_run(
+        use_peft=True, learning_rate=1e-2, eval_steps=6, metric_for_best_model="eval/test/loss",
+        greater_is_better=greater,
+    )
+    assert json.loads((folder / "best/best.json").read_text())["step"] == step
+    folders = folder / "best", folder / "final", short_run()[0] / "final"
+    best, final, without_lora = (load_file(where / "model.safetensors") for where in folders)
+    assert best.keys() == final.keys() == without_lora.keys()
+    assert all(best[name].equal(final[name]) for name in final) == (step == 12)
+    rows, function = toy_pairs("train")[:64], common.rewards.load_reward(str(folder / "best")).function
+    scores = torch.tensor(function([row["prompt"] for row in rows], [row["chosen"] for row in rows]))
+    assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
+
+
 def test_the_adapter_beside_a_merged_folder_has_the_head_too(policy, short_run):
     from peft import PeftModel
 

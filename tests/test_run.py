@@ -52,6 +52,13 @@ class Args:
     reward_weights: tuple[float, ...] = (1.0, 0.5)
     report_to: list[Literal["wandb", "tensorboard"]] = dataclasses.field(default_factory=list)
     inspect: bool = False
+    eval_steps: int = 1
+    eval_dataset_name: str | None = "held_out"
+    metric_for_best_model: str = ""
+    greater_is_better: bool | None = None
+    push_to_hub: bool = False
+    hub_model_id: str = ""
+    hub_private_repo: bool = False
 
 
 def train(args: Args, die_after: int | None = None) -> list[float]:
@@ -491,6 +498,139 @@ def test_sigkill_at_any_step_of_a_checkpoint(tmp_path, monkeypatch, keep):
         if not killed:
             break
     assert steps == sorted(steps) and set(steps) == {1, 2} and len(steps) > 12
+
+
+# The best so far
+
+
+def evaluate(run: Run, step: int, value: float, name: str = "eval/loss") -> None:
+    """What a script does after a step: log, and keep the model, here its step, if it is the best."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model").write_text(str(step))
+
+    run.log(step, {"loss": 0.0})
+    run.log(step, {name: value, "eval/other": -step})
+    run.keep_best(step, {name: torch.tensor(value), "eval/other": -step}, save)
+
+
+def kept(folder: Path) -> tuple[int, float]:
+    """(step, value) of best/, which has to be whole, and in a resumed run the only one."""
+    said = json.loads((folder / "best/best.json").read_text())
+    assert (folder / "best/model").read_text() == str(said["step"])
+    assert not list(folder.glob(".tmp-best*"))
+    return said["step"], said["value"]
+
+
+@pytest.mark.parametrize(
+    "name, greater, values, best",
+    [
+        ("eval/loss", None, [math.nan, 3.0, 2.0, math.nan, 2.5, 2.0, -math.inf], 3),
+        ("eval/exact_match", None, [0.0, 0.5, 0.75, 0.75, math.nan, 0.5, math.inf], 3),
+        ("eval/mse", False, [3.0, 2.0, 4.0], 2),
+        ("eval/loss", True, [3.0, 2.0, 4.0], 3),
+        ("eval/pass@1", None, [-3.0], 1),
+    ],
+)
+def test_the_best_model_is_kept(tmp_path, name, greater, values, best):
+    run = Run(args_in(tmp_path, metric_for_best_model=name, greater_is_better=greater), __file__)
+    for step, value in enumerate(values, start=1):
+        evaluate(run, step, value, name)
+    assert kept(tmp_path / "run") == (best, values[best - 1])
+
+
+def test_nothing_is_kept_without_a_number_or_unasked(tmp_path):
+    run = Run(args_in(tmp_path, metric_for_best_model="eval/loss"), __file__)
+    evaluate(run, 1, math.nan)
+    evaluate(Run(args_in(tmp_path / "unasked"), __file__), 1, 1.0)
+    assert not list(tmp_path.glob("**/best"))
+
+
+@pytest.mark.parametrize("die_after", range(1, 7))
+def test_the_best_survives_a_kill(tmp_path, die_after):
+    """A checkpoint every other step; what the killed run saw after the newest one is forgotten, and seen again."""
+    values = [5.0, 3.0, 4.0, 2.0, 6.0, 1.0]
+    for resume, last in ((False, die_after), (True, 6)):
+        run = Run(args_in(tmp_path, metric_for_best_model="eval/loss", resume=resume), __file__)
+        start, _ = run.load_checkpoint() or (0, None)
+        for step in range(start + 1, last + 1):
+            evaluate(run, step, values[step - 1])
+            assert kept(tmp_path / "run")[1] == min(values[:step])
+            if step % 2 == 0:
+                run.save_checkpoint(step, {})
+    assert kept(tmp_path / "run") == (6, 1.0)
+
+
+def test_sigkill_while_the_best_is_replaced(tmp_path, monkeypatch):
+    """At any call that touches the disk: best/ is whole or not there, and the same step makes it after a resume."""
+    monkeypatch.setattr(common.run, "describe_environment", lambda folder, seed: {"run_id": "fixed"})
+    args = args_in(tmp_path, metric_for_best_model="eval/loss", resume=True)
+    run = Run(args, __file__)
+    evaluate(run, 1, 2.0)
+    run.save_checkpoint(1, {})
+    run.close()
+
+    def die(kill_at: int) -> None:
+        run, calls = Run(args, __file__), itertools.count(1)
+        run.load_checkpoint()
+
+        def dying(function):
+            def call(*positional, **named):
+                if next(calls) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*positional, **named)
+
+            return call
+
+        for owner, names in ((os, ["fsync", "unlink", "rmdir"]), (Path, ["mkdir", "open", "rename", "replace"])):
+            for name in names:
+                setattr(owner, name, dying(getattr(owner, name)))
+        evaluate(run, 2, 1.0)
+
+    found = []
+    for kill_at in itertools.count(1):
+        process = os.fork()
+        if process == 0:
+            with contextlib.suppress(BaseException):
+                die(kill_at)
+                os._exit(0)
+            os._exit(1)
+        status = os.waitpid(process, 0)[1]
+        assert os.WIFSIGNALED(status) or status == 0
+        run = Run(args, __file__)
+        found.append(kept(tmp_path / "run")[0] if (tmp_path / "run/best").exists() else None)
+        run.load_checkpoint()
+        evaluate(run, 2, 1.0)
+        assert kept(tmp_path / "run") == (2, 1.0)
+        run.close()
+        if not os.WIFSIGNALED(status):
+            break
+        shutil.rmtree(tmp_path / "run/best")  # as it was before
+        (tmp_path / "run/best").mkdir()
+        (tmp_path / "run/best/model").write_text("1")
+        (tmp_path / "run/best/best.json").write_text(json.dumps({"step": 1, "value": 2.0}))
+    assert set(found) == {1, None, 2} and found.count(None) == 1 and len(found) > 10
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_metric_that_no_evaluation_has(tmp_path, is_main):
+    """Every rank says so: one that waited for the others would wait for ever."""
+    run = Run(args_in(tmp_path, metric_for_best_model="loss"), __file__, is_main)
+    with pytest.raises(UserError, match=r"--metric_for_best_model loss is in no .*: eval/loss, eval/other$"):
+        evaluate(run, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "flags, remedy", [({"eval_steps": 0}, "--eval_steps"), ({"eval_dataset_name": None}, "--eval_dataset_name")]
+)
+def test_the_best_needs_evaluations(tmp_path, flags, remedy):
+    args = SimpleNamespace(**{
+        **vars(args_in(tmp_path, metric_for_best_model="eval/loss")), "dataset_name": "train.jsonl", **flags
+    })  # fmt: skip
+    with pytest.raises(UserError, match=f"give {remedy}"):
+        Run(args, __file__, is_main=False)
+    assert not (tmp_path / "run").exists()
 
 
 # Random numbers and --inspect
