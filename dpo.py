@@ -113,6 +113,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -515,7 +517,7 @@ def main(args: Args) -> None:
     if not 0 <= args.ref_model_mixup_alpha <= 1:
         raise UserError(f"--ref_model_mixup_alpha is a share, from 0 to 1, not {args.ref_model_mixup_alpha:g}")
     check_losses(args)
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -753,8 +755,8 @@ def main(args: Args) -> None:
             )
 
         # 6.5 Update
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, mean["loss"])
+        run.require_finite(grad_norm, mean["loss"], step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

@@ -101,6 +101,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role and advantage, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -175,6 +177,8 @@ class Args:
     """Share of the accelerator's memory that vLLM takes."""
     vllm_enable_sleep_mode: bool = False
     """Free vLLM's memory during training."""
+    generation_timeout: float = 1800.0
+    """Seconds that the sampler may take for one rollout (0: for ever)."""
 
     # Optimisation
     learning_rate: float | None = None
@@ -655,7 +659,7 @@ def main(args: Args) -> None:
     require_at_least(2, args, "num_generations")  # a group of one has no baseline
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # at 0 a group is one answer G times
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -744,7 +748,7 @@ def main(args: Args) -> None:
         "vllm" if args.use_vllm else "transformers", model, run.folder / "engine", max_model_len=longest,
         dtype=str(dtype).removeprefix("torch."),  # vLLM's own choice for fp32 weights would be half precision
         gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep=args.vllm_enable_sleep_mode,
-        seed=args.seed,
+        seed=args.seed, timeout=args.generation_timeout,
     )
     correction = args.sampler_correction
     if correction == "auto":
@@ -904,8 +908,8 @@ def main(args: Args) -> None:
                 run.gate("|log p sampler - log p trainer|", gap, f"0, below {limit:g}", gap < limit)
 
         # 8.5 Update, then the engine gets the new weights
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (rows.where(rollout.rows_B[i]) for i in chosen))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, sums["loss"])
+        run.require_finite(grad_norm, sums["loss"], step, (rows.where(rollout.rows_B[i]) for i in chosen))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

@@ -90,6 +90,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -419,7 +421,7 @@ def main(args: Args) -> None:
         raise UserError("--sync_ref_model needs a reference that is scored at every step, not a precomputed one")
     if args.sync_ref_model and (args.load_in_4bit or args.load_in_8bit):
         raise UserError("--sync_ref_model mixes weights, which quantised ones do not allow: load them whole")
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -640,8 +642,8 @@ def main(args: Args) -> None:
             )
 
         # 6.5 Update
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, totals["loss"])
+        run.require_finite(grad_norm, totals["loss"], step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

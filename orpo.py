@@ -82,6 +82,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -297,7 +299,7 @@ def main(args: Args) -> None:
         "max_eval_samples",
     )
     require_at_least(0, args, "beta", "max_grad_norm", "warmup_steps", "weight_decay")
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -461,8 +463,8 @@ def main(args: Args) -> None:
             run.gate("trained tokens in the step", num_nll_tokens, "> 0", num_nll_tokens > 0)
 
         # 6.4 Update
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, mean["loss"])
+        run.require_finite(grad_norm, mean["loss"], step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

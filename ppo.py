@@ -123,6 +123,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role and advantage, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -200,6 +202,8 @@ class Args:
     """Share of the accelerator's memory that vLLM takes."""
     vllm_enable_sleep_mode: bool = False
     """Free vLLM's memory during training."""
+    generation_timeout: float = 1800.0
+    """Seconds that the sampler may take for one rollout (0: for ever)."""
 
     # Optimisation
     learning_rate: float | None = None
@@ -737,7 +741,7 @@ def main(args: Args) -> None:
         raise UserError("--reward_clip_range takes the lower end first")
     require_at_least(args.num_generations, args, "generation_batch_size")
     require_at_least(0.01, args, "temperature")  # log-probs are of the logits divided by it
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -851,7 +855,7 @@ def main(args: Args) -> None:
         "vllm" if args.use_vllm else "transformers", model, run.folder / "engine", max_model_len=longest,
         dtype=str(dtype).removeprefix("torch."),  # vLLM's own choice for fp32 weights would be half precision
         gpu_memory_utilization=args.vllm_gpu_memory_utilization, enable_sleep=args.vllm_enable_sleep_mode,
-        seed=args.seed,
+        seed=args.seed, timeout=args.generation_timeout,
     )
     correction = args.sampler_correction
     if correction == "auto":
@@ -996,11 +1000,12 @@ def main(args: Args) -> None:
         # 8.5 Update both, then the engine gets the new weights
         learning_rate = scheduler.get_last_lr()[0] if policy_learns else 0.0
         critic_rate = critic_scheduler.get_last_lr()[0]
-        norms = {"policy": torch.tensor(0.0), "critic": clip_gradients(critic_optimizer, args.max_grad_norm)}
+        loss = sums["policy_loss"] + sums["value_loss"]
+        norms = {"policy": torch.tensor(0.0), "critic": clip_gradients(critic_optimizer, args.max_grad_norm, loss)}
         if policy_learns:
-            norms["policy"] = clip_gradients(optimizer, args.max_grad_norm)
-        for norm in norms.values():
-            run.require_finite(norm, step, (rows.where(rollout.rows_B[i]) for i in chosen))
+            norms["policy"] = clip_gradients(optimizer, args.max_grad_norm, loss)
+        norm = norms["policy"] + norms["critic"]
+        run.require_finite(norm, loss, step, (rows.where(rollout.rows_B[i]) for i in chosen))
         if policy_learns:
             optimizer.step()
             scheduler.step()

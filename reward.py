@@ -92,6 +92,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "runs/sft/final"
@@ -399,7 +401,7 @@ def main(args: Args) -> None:
     require_at_least(0, args, "max_grad_norm", "warmup_steps", "weight_decay")
     if (args.center_rewards_coefficient or 0.0) < 0:
         raise UserError(f"--center_rewards_coefficient is at least 0, not {args.center_rewards_coefficient:g}")
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -510,7 +512,7 @@ def main(args: Args) -> None:
         logging = step % args.logging_steps == 0 or step in (1, total_steps)
 
         # 6.2 Forward and backward, one packed row at a time
-        score_B = torch.zeros(len(step_examples), device=device)
+        score_B, loss_sum = torch.zeros(len(step_examples), device=device), torch.zeros((), device=device)
         for micro in micro_batches:
             if args.inspect:
                 return show_batch(run, tokenizer, collate(step_examples, micro, device, layout))
@@ -519,6 +521,8 @@ def main(args: Args) -> None:
             loss = loss_M.sum() / len(target_P)
             loss.backward()
             score_B[micro] = score_M.detach()
+            loss_sum += loss.detach()
+        sum_over_ranks(loss_sum)
         if logging:
             score_B = sum_over_ranks(score_B)  # each reply was one rank's
 
@@ -529,8 +533,8 @@ def main(args: Args) -> None:
             run.gate("scores that are finite", finite, "1", finite == 1)
 
         # 6.4 Update
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (train.rows.where(e.row) for e in step_examples))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, loss_sum)
+        run.require_finite(grad_norm, loss_sum, step, (train.rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

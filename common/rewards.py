@@ -19,13 +19,11 @@ import importlib.util
 import inspect
 import math
 import numbers
-import signal
 import sys
 import textwrap
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.data import encode_completion, encode_prompt
-from common.run import UserError
+from common.run import UserError, time_limit
 
 # ------------------------------------------------------------------------------------------------ loading
 
@@ -148,46 +146,13 @@ def score(
     return torch.tensor(rewards_FB, dtype=torch.float32).reshape(len(reward_functions), len(prompts)).T.contiguous()
 
 
-class _Overdue(BaseException):
-    """Not an Exception: a judge that answers slowly is often asked again by an `except Exception`."""
-
-
-@contextmanager
-def _limit(functions: list[RewardFunction]) -> Iterator[None]:
-    """UserError when what is inside takes longer than the functions' timeout, whether it computes or waits.
-
-    SIGUSR2, and not the alarm that graders (math_verify) set for themselves; once a second, for one may be swallowed.
-    """
-    seconds, done = functions[0].timeout, threading.Event()
-
-    def overdue(*_) -> None:
-        if not done.is_set():
-            raise _Overdue
-
-    def watch() -> None:
-        wait = seconds
-        while not done.wait(wait):
-            wait = 1
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
-
-    if seconds <= 0:
-        yield
-        return
-    previous = signal.signal(signal.SIGUSR2, overdue)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    except _Overdue:
-        names = " or ".join(function.name for function in functions)
-        raise UserError(
-            f"the reward function {names} took longer than --reward_timeout {seconds:g} seconds for one batch: "
-            "raise it, or give 0 to wait for ever"
-        ) from None
-    finally:
-        done.set()
-        watcher.join()
-        signal.signal(signal.SIGUSR2, previous)
+def _limit(functions: list[RewardFunction]) -> AbstractContextManager[None]:
+    names, seconds = " or ".join(function.name for function in functions), functions[0].timeout
+    return time_limit(
+        seconds,
+        f"the reward function {names} took longer than --reward_timeout {seconds:g} seconds for one batch: "
+        "raise it, or give 0 to wait for ever",
+    )
 
 
 def _call(reward: RewardFunction, available: dict[str, list]):

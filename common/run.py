@@ -37,9 +37,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -58,6 +60,7 @@ from common.hub import check_login, in_one_line, model_card, push
 
 ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 LOGS = ("metrics.jsonl", "clock.jsonl", "samples.jsonl")
+PATIENCE = 30  # seconds that a call which is told to end may take to do so
 DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
@@ -70,15 +73,16 @@ def launch(main: Callable[[Any], None], Args: type, argv: list[str] | None = Non
 
     `--config FILE` reads defaults from the config.yaml of a run; flags override it. Exit status: 0, 1 (a mistake of the
     user, a full disk, a rank that died: told in one sentence), 130 (Ctrl-C). Anything else is a bug here and keeps its
-    traceback.
+    traceback. Whatever it is, a run that had begun is saved as `Run.save_alone` can.
     """
     try:
         main(parse_flags(Args, sys.argv[1:] if argv is None else argv, sys.modules[main.__module__].__doc__))
     except UserError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-        console.print(f"error: {error}", style="red")
+        console.print(f"error: {error}{Run.save_alone()}", style="red")
         sys.exit(1)
     except Exception as error:
+        Run.save_alone()
         if (reason := outside_reason(error)) is None:
             raise
         print(f"error: {reason}; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
@@ -99,7 +103,54 @@ def outside_reason(error: Exception) -> str | None:
         return f"the disk is full ({reason}), make room: what was saved before is whole"
     if dist.is_initialized() and " by peer" in told:
         return "another rank of this run has died; torchrun tells which and how"
+    if dist.is_initialized() and "Timed out waiting" in told:
+        return "another rank of this run has not answered for --ddp_timeout seconds: it hangs, or is stopped"
     return None
+
+
+class _Overdue(BaseException):
+    """Not an Exception: a judge that answers slowly is often asked again by an `except Exception`."""
+
+
+@contextmanager
+def time_limit(seconds: float, sentence: str) -> Iterator[None]:
+    """UserError(sentence) when what is inside takes longer, whether it computes or waits; 0: it may take for ever.
+
+    SIGUSR2, and not the alarm that graders (math_verify) set for themselves; once a second, for one may be swallowed.
+    A call that does not return to Python hears no signal: then this process ends with the same sentence.
+    """
+    done = threading.Event()
+
+    def overdue(*_) -> None:
+        if not done.is_set():
+            raise _Overdue
+
+    def watch() -> None:
+        if done.wait(seconds):
+            return
+        for _ in range(PATIENCE):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+            if done.wait(1):
+                return
+        print(f"error: {sentence}", end="", file=sys.stderr, flush=True)
+        threading.Timer(600, os._exit, [1]).start()  # a GPU that hangs lets nobody copy its memory
+        print(Run.save_alone(), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if seconds <= 0:
+        yield
+        return
+    previous = signal.signal(signal.SIGUSR2, overdue)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except _Overdue:
+        raise UserError(sentence) from None
+    finally:
+        done.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, previous)
 
 
 def parse_flags(Args: type, argv: list[str], script_doc: str | None) -> Any:
@@ -156,6 +207,8 @@ class Run:
     said of the best model (and whether anything is evaluated), and what is said of the hub.
     """
 
+    current: "Run | None" = None  # the one that this process is in the middle of
+
     def __init__(self, args: Any, script: str, is_main: bool = True):
         """Opens `args.output_dir` for a new run, or for the rest of an interrupted one with `args.resume`.
 
@@ -170,12 +223,14 @@ class Run:
         self.opened = time.perf_counter()
         self.pace: tuple[int, float] | None = None  # step and time of the first progress line
         self.wandb = self.tensorboard = None
-        self.latest: tuple[int, dict, dict] | None = None  # of the last whole step: what save_checkpoint takes
+        # What save_checkpoint takes of the last whole step; None where there is none, or an update has changed it since
+        self.latest: tuple[int, dict, dict] | None = None
         self.stopping = False  # SIGTERM has come
         if args.metric_for_best_model and not args.eval_steps:
             raise UserError("--metric_for_best_model compares evaluations: give --eval_steps, how often to evaluate")
         if args.metric_for_best_model and not (args.eval_dataset_name or args.dataset_name.startswith("toy:")):
             raise UserError("--metric_for_best_model compares evaluations: give --eval_dataset_name, held-out data")
+        Run.current = self
         if not self.writes:
             return
 
@@ -336,8 +391,8 @@ class Run:
     def end_step(self, step: int, state: dict) -> None:
         """To be called after every step but the last: saves `state` every `args.save_steps`, and when told to stop.
 
-        The state is kept for `require_finite`, at no cost, for its tensors are not copied. After a SIGTERM on any rank
-        it is saved and all processes end with status 0, to be started again with --resume.
+        The state is kept until the next update, at no cost, for its tensors are not copied: what fails before that is
+        saved from. After a SIGTERM on any rank all processes end with status 0, to be started again with --resume.
         """
         self.latest = step, state, self.log_bytes()
         stopping = on_any_rank(self.stopping)
@@ -348,18 +403,23 @@ class Run:
             self.close()
             sys.exit(0)
 
-    def require_finite(self, norm: torch.Tensor, step: int, places: Iterable[str]) -> None:
-        """UserError, with the state before this step saved, when the norm of its gradient is NaN or infinite.
+    def require_finite(
+        self, norm: torch.Tensor, loss: torch.Tensor | float, step: int, places: Iterable[str]
+    ) -> None:
+        """UserError, with the state before this step saved, when its loss or its gradient is NaN or infinite.
 
-        To be called before the update. A loss that is no number makes such a gradient; all ranks have the same one.
+        To be called right before the update.
 
         Args:
+            norm: of the gradient, the same on all ranks, and no number where the loss is none (`clip_gradients`).
             places: where each row of the step stands: "train.jsonl, line 17".
         """
         if norm.isfinite():
+            self.latest = None
             return
         if self.latest is not None:  # else there is a checkpoint, or nothing was learned yet
             self.save_checkpoint(*self.latest)
+            self.latest = None
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves takes the others with it, and the main one may still be writing
         numbers: dict[str, list[str]] = {}
@@ -368,7 +428,26 @@ class Run:
             numbers.setdefault(file, []).append(number)
         batch = "; ".join(f"{file}s {', '.join(found)}" for file, found in numbers.items())
         kept = f"what was before it is {self.checkpoints / f'step-{step - 1:08d}'}" if step > 1 else "it was the first"
-        raise UserError(f"the gradient of step {step} has a norm of {norm.item()}, and {kept}; its batch: {batch}")
+        found = f"the gradient of step {step} has a norm of {norm.item()}"
+        if not math.isfinite(loss):
+            found = f"the loss of step {step} is {float(loss)}"
+        raise UserError(f"{found}, and {kept}; its batch: {batch}")
+
+    @staticmethod
+    def save_alone() -> str:
+        """Saves the last whole step of the run that this process leaves; what to say of that.
+
+        Not of a sharded one, whose slices only all ranks together could write: they may be anywhere.
+        """
+        run = Run.current
+        if run is None or run.latest is None or not run.writes or layout_asked() != "replicated":
+            return ""
+        latest, run.latest = run.latest, None
+        try:
+            run.save_checkpoint(*latest)
+        except (OSError, RuntimeError):  # on top of what is being told: a full disk, say
+            return ""
+        return f"; the same command with --resume goes on after step {latest[0]}"
 
     def log_bytes(self) -> dict[str, int]:
         """Lengths of the logs."""
@@ -492,6 +571,7 @@ class Run:
             self.tensorboard.close()
         if self.writes:
             self.lock.close()
+        Run.current = None
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -533,7 +613,9 @@ def plain_config(args: Any) -> dict:
 
 def refuse_other_config(path: Path, config: dict) -> None:
     """UserError when a resumed run would go on with other flags; how long, how often and where to is free to change."""
-    free = re.compile(r"resume|output_dir|max_steps|keep_checkpoints|inspect|(save|log|logging|report|push|hub)_.*")
+    free = re.compile(
+        r"resume|output_dir|max_steps|keep_checkpoints|inspect|(save|log|logging|report|push|hub)_.*|.*_timeout"
+    )
     before = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = [name for name in {**before, **config} if not free.fullmatch(name) and before.get(name) != config.get(name)]
     if names:

@@ -19,8 +19,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 
 import torch
@@ -36,8 +37,11 @@ from common.run import Sliced, Slices, UserError, layout_asked
 # ------------------------------------------------------------------------------------------------ layouts
 
 
-def join_ranks() -> PartialState:
+def join_ranks(timeout: float) -> PartialState:
     """This process and those that the launcher started beside it, in the layout that it asked for or not at all.
+
+    Args:
+        timeout: seconds that a rank waits for the others before it takes one for dead.
 
     Raises:
         UserError: the launcher's file asks for what is not done here, or there are more processes than GPUs.
@@ -64,7 +68,10 @@ def join_ranks() -> PartialState:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if gpus and here > gpus:
         raise UserError(f"the launcher started {here} processes on a machine with {gpus} GPU(s): set num_processes")
-    state = PartialState(cpu=not gpus)  # else torchrun on a CPU makes several runs of one rank
+    if timeout < 1:
+        raise UserError(f"--ddp_timeout must be at least 1, not {timeout:g}")
+    # cpu: else torchrun on a CPU makes several runs of one rank
+    state = PartialState(cpu=not gpus, timeout=timedelta(seconds=timeout))
     if state.num_processes < ranks:
         raise UserError(f"the launcher started {ranks} processes, of which {state.num_processes} found each other")
     return state
@@ -372,13 +379,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
+def clip_gradients(optimizer, max_norm: float, loss: torch.Tensor | float) -> torch.Tensor:
     """Sum gradients over ranks (the loss already divides by global counts), clip them; the norm before clipping.
 
-    Those of slices are sums already, and their norm is that of the slices of all ranks. ZeRO steps here as well.
+    Those of slices are sums already, and their norm is that of the slices of all ranks. ZeRO steps here as well. Where
+    the `loss` of the whole step is no number the norm is none either, though the gradients may be (of a term that is
+    masked, or has none): one look at the norm tells of both.
     """
     if isinstance(optimizer, ZeroAdamW):
-        return optimizer.clip_and_step(max_norm)
+        return optimizer.clip_and_step(max_norm) if isfinite(loss) else torch.tensor(float("nan"))
     parameters = optimizer.param_groups[0]["params"]
     gradients, slices = [], []
     for parameter in parameters:
@@ -391,7 +400,7 @@ def clip_gradients(optimizer, max_norm: float) -> torch.Tensor:
     if slices:
         norm = (norm.to(slices[0]) ** 2 + sum_over_ranks(torch.nn.utils.get_total_norm(slices) ** 2)).sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else float("inf"), norm)
-    return norm
+    return norm + 0 * loss
 
 
 # ------------------------------------------------------------------------------------------------ weights out

@@ -76,8 +76,8 @@ def record(script, monkeypatch, folder: Path, alone: bool = False, disturb=None,
             optimizers.append(real(*args))
             return optimizers[-1]
 
-        def clip(optimizer, max_norm, real=script.clip_gradients):
-            norm = real(optimizer, max_norm)
+        def clip(optimizer, max_norm, loss, real=script.clip_gradients):
+            norm = real(optimizer, max_norm, loss)
             parameters = optimizer.param_groups[0]["params"]
             clipped[optimizers.index(optimizer)] = (
                 torch.cat([p.detach().flatten().clone() for p in parameters]),

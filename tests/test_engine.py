@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -409,6 +410,11 @@ def test_vllm_errors_are_one_sentence(engine, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.llm, "generate", fail)
         with pytest.raises(UserError, match="died while sampling 1 completions: RuntimeError: out of memory on rank"):
+            engine.generate([[1, 5]], [0], Sampling(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "timeout", 0.2)
+        patch.setattr(engine.llm, "generate", lambda *_, **__: time.sleep(60))
+        with pytest.raises(UserError, match="longer than --generation_timeout 0.2 seconds for 1 completions"):
             engine.generate([[1, 5]], [0], Sampling(4))
     with pytest.raises(UserError, match="did not take the new weights"):
         engine.load_weights([("model.no_such.weight", torch.zeros(3))])

@@ -4,7 +4,7 @@ Most faults are put into a run in this process; the run is then resumed without 
 of one that had none. SIGKILL has tests of its own (test_resume.py), checkpoints too (test_run.py).
 """
 
-import importlib
+import importlib.util
 import os
 import re
 import resource
@@ -20,8 +20,9 @@ import torch
 
 import common.rewards
 from common.data import draw, load_rows
+from common.engine import TransformersEngine
 from common.rewards import RewardFunction, load_reward, score
-from common.run import Run, UserError, launch
+from common.run import Run, UserError, launch, read_manifest
 from test_resume import assert_same_bytes
 from test_run import flip, truncate
 
@@ -110,6 +111,26 @@ def test_no_number_stops_the_run_before_the_update(script, value, norm, untouche
 
     train(script, folder, "--resume")
     assert_same_bytes(folder, reference)
+
+
+def without_number(backward, loss) -> None:
+    """The gradient is one: as of a NaN that is masked away, or stands in a term without a gradient."""
+    backward(loss)
+    loss.detach().fill_(float("nan"))
+
+
+@pytest.mark.parametrize("script, owner, name, number, then", [
+    *((script, torch.Tensor, "backward", 8 if script == "ppo" else 5, without_number) for script in FLAGS),
+    ("ppo", SCRIPTS["ppo"], "value_loss", 5, lambda value_loss, *values: value_loss(*values) + float("nan")),
+])  # fmt: skip
+def test_nor_does_a_loss_without_number(script, owner, name, number, then, untouched, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        on_call(patch, owner, name, number, then)
+        said = fails(script, tmp_path, capsys, "--save_steps", "0")
+    assert f"the loss of step 5 is nan, and what was before it is {tmp_path}/checkpoints/step" in said
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
+    train(script, tmp_path, "--resume")
+    assert_same_bytes(tmp_path, untouched(script))
 
 
 def test_a_checkpoint_is_made_of_the_step_before(untouched, tmp_path, monkeypatch, capsys):
@@ -242,6 +263,74 @@ def test_a_script_says_which_reward_hangs(script, slow, tmp_path, capsys):
     )
 
 
+# ------------------------------------------------------------------------------------------------- a sampler that fails
+
+
+def fails_and_resumes(script, fault, reference, folder, monkeypatch, capsys, *more) -> str:
+    """What a run says that has the fault in its rollout before step 5; resumed, it comes to the same bytes."""
+    with monkeypatch.context() as patch:  # two calls are the evaluation's; ppo.py has one rollout in four steps
+        on_call(patch, TransformersEngine, "_decode", 4 if script == "ppo" else 5, fault)
+        said = fails(script, folder, capsys, "--save_steps", "0", *more)
+    assert said.endswith("; the same command with --resume goes on after step 4\n")
+    assert os.listdir(folder / "checkpoints") == ["step-00000004"]
+    train(script, folder, "--resume")
+    assert_same_bytes(folder, reference)
+    return said
+
+
+@pytest.mark.parametrize("script", ["grpo", "rloo", "ppo"])
+def test_an_engine_that_is_silent(script, untouched, tmp_path, monkeypatch, capsys):
+    fault, more = lambda *_: time.sleep(60), ("--generation_timeout", "2")
+    said = fails_and_resumes(script, fault, untouched(script), tmp_path, monkeypatch, capsys, *more)
+    assert "error: the engine took longer than --generation_timeout 2 seconds for 32 completions: raise it" in said
+
+
+def test_an_engine_that_dies(untouched, tmp_path, monkeypatch, capsys):
+    def dies(*_):
+        raise UserError("the vLLM engine died while sampling 32 completions: EngineDeadError")  # see test_engine.py
+
+    said = fails_and_resumes("grpo", dies, untouched("grpo"), tmp_path, monkeypatch, capsys)
+    assert said.startswith("error: the vLLM engine died while sampling 32 completions: EngineDeadError; the same")
+
+
+DEADLOCK = """
+import ctypes, sys
+import common.run, grpo
+from common.engine import TransformersEngine
+
+def waits_in_c(*_):
+    lock, c = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    c.pthread_mutex_lock(lock)
+    c.pthread_mutex_lock(lock)  # deaf to signals
+
+decode, calls, common.run.PATIENCE = TransformersEngine._decode, iter(range(4)), 1
+TransformersEngine._decode = lambda *args: (waits_in_c if next(calls, None) is None else decode)(*args)
+common.run.launch(grpo.main, grpo.Args)
+"""
+
+
+def test_an_engine_that_never_returns_to_python(untouched, tmp_path):
+    flags = [*FLAGS["grpo"].split(), "--output_dir", str(tmp_path), "--save_steps", "0", "--generation_timeout", "3"]
+    command = [sys.executable, "-c", DEADLOCK, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "error: the engine took longer than --generation_timeout 3" in done.stderr
+    assert done.stderr.endswith("; the same command with --resume goes on after step 4\n")
+    train("grpo", tmp_path, "--resume", "--save_steps", "2")
+    assert_same_bytes(tmp_path, untouched("grpo"))
+
+
+def test_what_an_update_has_changed_is_not_saved(tmp_path, monkeypatch, capsys):
+    """The evaluation after step 3 fails: the state kept is that of step 2, its tensors are those of step 3."""
+
+    def fault(*_):
+        raise UserError("no")
+
+    with monkeypatch.context() as patch:
+        on_call(patch, TransformersEngine, "_decode", 3, fault)
+        assert fails("sft", tmp_path, capsys, "--save_steps", "0", "--eval_steps", "2") == "error: no\n"
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
 # --------------------------------------------------------------------------------------------------------- a full disk
 
 
@@ -294,11 +383,24 @@ def test_a_torn_checkpoint_is_passed_over(damage, untouched, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def start(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """sft.py, for more steps than anybody waits for."""
+ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file")
+LAUNCHERS = {"": (), "ddp": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
+LAUNCHERS |= {layout: (*ACCELERATE, f"configs/{layout}.yaml") for layout in ("fsdp2", "zero2", "zero3")}
+has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason="needs deepspeed: bash setup.sh --dev")
+one_of_two = pytest.mark.parametrize("layout, rank", [
+    ("ddp", 0), ("ddp", 1), ("fsdp2", 0), pytest.param("zero3", 1, marks=needs_deepspeed)
+])  # fmt: skip
+
+
+def start(folder: Path, *flags: str, layout: str = "", script: str = "sft.py") -> subprocess.Popen:
+    """sft.py, or what stands in for it, for more steps than anybody waits for; on two ranks in a layout, if any."""
     endless = FLAGS["sft"].replace(f"--max_steps {STEPS}", "--max_steps 100000").replace("--save_steps 2", "").split()
-    command = [sys.executable, *launcher, str(ROOT / "sft.py"), *endless, "--output_dir", str(folder), *flags]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, *LAUNCHERS[layout], script, *endless, "--output_dir", str(folder), *flags]
+    environment = os.environ | {"DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def await_steps(process: subprocess.Popen, number: int) -> None:
@@ -327,13 +429,10 @@ def ranks_of(torchrun: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
 
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_takes_the_other_with_it(rank, tmp_path):
-    process = start(tmp_path / "run", launcher=TWO)
+@one_of_two
+def test_a_rank_that_dies_takes_the_other_with_it(layout, rank, tmp_path):
+    process = start(tmp_path / "run", layout=layout)
     await_steps(process, 2)
     ranks = ranks_of(process)
     os.kill(ranks[rank], signal.SIGKILL)
@@ -344,23 +443,88 @@ def test_a_rank_that_dies_takes_the_other_with_it(rank, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_gets_sigterm_stops_all_after_the_same_step(rank, tmp_path):
-    process = start(tmp_path / "run", launcher=TWO)
+@one_of_two
+def test_a_rank_that_is_frozen_takes_the_other_with_it(layout, rank, tmp_path):
+    process = start(tmp_path / "run", "--ddp_timeout", "5", layout=layout)
+    await_steps(process, 2)
+    ranks = ranks_of(process)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    said, _ = process.communicate(timeout=60)  # torchrun waits for the frozen one as well, half a minute
+    assert process.returncode == 1 and "RuntimeError" not in said
+    assert "error: another rank of this run has not answered for --ddp_timeout seconds" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.long
+@one_of_two
+def test_a_rank_that_dies_while_a_checkpoint_is_written(layout, rank, tmp_path):
+    checkpoints = tmp_path / "run/checkpoints"
+    process = start(tmp_path / "run", "--save_steps", "1", layout=layout)
+    await_steps(process, 4)
+    deadline = time.monotonic() + 30
+    while not any(checkpoints.glob(".tmp-*/*.pt")):
+        assert time.monotonic() < deadline
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    process.communicate(timeout=60)
+    kept = sorted(checkpoints.glob("step-*"))
+    assert process.returncode == 1 and kept and all(map(read_manifest, kept))
+    step = int(kept[-1].name.removeprefix("step-"))
+    process = start(tmp_path / "run", "--resume", "--max_steps", str(step + 2), layout=layout)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"resuming after step {step}" in said and "torn" not in said
+    assert not any(checkpoints.glob(".tmp-*"))
+
+
+@pytest.mark.long
+@one_of_two
+def test_a_rank_that_gets_sigterm_stops_all_after_the_same_step(layout, rank, tmp_path):
+    process = start(tmp_path / "run", layout=layout)
     await_steps(process, 2)
     os.kill(ranks_of(process)[rank], signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     step = int(re.search(r"SIGTERM: saved after step (\d+)", said)[1])
     assert process.returncode == 0 and "error" not in said.lower()
     more = ("--resume", "--max_steps", str(step + 2))
-    process = start(tmp_path / "run", *more, launcher=TWO)
+    process = start(tmp_path / "run", *more, layout=layout)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and f"resuming after step {step}" in said
 
 
+NO_NUMBER = """
+import os, sys, torch
+import sft
+from common.run import launch
+
+nan, gradient, steps = float("nan"), sys.argv.pop() == "gradient", iter(range(3))
+original = torch.Tensor.backward
+
+def backward(loss, *args, **kwargs):
+    faulty = next(steps, None) is None and os.environ["RANK"] == "1"  # the other has only numbers of its own
+    original(loss * nan if faulty and gradient else loss, *args, **kwargs)
+    if faulty and not gradient:
+        loss.detach().fill_(nan)
+
+torch.Tensor.backward = backward
+launch(sft.main, sft.Args)
+"""
+
+
 @pytest.mark.long
-def test_on_two_ranks_the_state_before_is_whole_when_both_leave(tmp_path):
-    process = start(tmp_path / "run", "--learning_rate", "1e18", "--warmup_steps", "0", launcher=TWO)
+@pytest.mark.parametrize("layout, of", [
+    ("ddp", "loss"), ("fsdp2", "gradient"),
+    *(pytest.param(layout, of, marks=needs_deepspeed)
+      for layout, of in (("zero2", "loss"), ("zero3", "loss"), ("zero3", "gradient"))),
+])  # fmt: skip
+def test_no_number_on_one_rank_stops_both_before_the_update(layout, of, tmp_path):
+    constant = ("--lr_scheduler_type", "constant")  # with any other the rate would depend on the number of steps
+    (tmp_path / "no_number.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{NO_NUMBER}")
+    process = start(tmp_path / "run", *constant, of, layout=layout, script=str(tmp_path / "no_number.py"))
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and said.count("error: the gradient of step 2 has a norm of nan") == 2
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+    assert process.returncode == 1 and said.count("error: the " + of + " of step 4 ") == 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    for folder, more in (("run", "--resume"), ("whole", "--no-resume")):
+        process = start(tmp_path / folder, *constant, more, "--max_steps", "6", layout=layout)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    lines, whole = ((tmp_path / folder / "metrics.jsonl").read_text() for folder in ("run", "whole"))
+    assert lines == whole

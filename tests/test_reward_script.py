@@ -170,8 +170,8 @@ def record(monkeypatch, folder: Path, alone: bool = False, **flags):
     steps, models = [], []
     with monkeypatch.context() as patch:
 
-        def clip(optimizer, max_norm, real=reward.clip_gradients):
-            norm, parameters = real(optimizer, max_norm), optimizer.param_groups[0]["params"]
+        def clip(optimizer, max_norm, loss, real=reward.clip_gradients):
+            norm, parameters = real(optimizer, max_norm, loss), optimizer.param_groups[0]["params"]
             steps.append([torch.cat([t.detach().flatten().clone() for t in group]) for group in (
                 parameters, [p.grad for p in parameters]
             )])
