@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from templates import FAMILIES, GPT_OSS, LFM2, byte_tokenizer, metaspace_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -361,6 +361,7 @@ def test_a_continuation_gets_no_invented_space(legacy):
 @given(st.text(st.characters(codec="utf-8", exclude_characters="▁"), min_size=1, max_size=12), st.booleans())
 def test_a_continuation_decodes_to_its_text(text, legacy):
     tokenizer = METASPACE[legacy]
+    assume(not any(token in text for token in tokenizer.all_special_tokens))  # decoding skips them
     joined = encode_text("ok", tokenizer) + encode_text(text, tokenizer, continuation=True)
     assert tokenizer.decode(joined, skip_special_tokens=True) == "ok" + text
 
