@@ -5,6 +5,7 @@ ranks take part in: it fails here, or hangs. benchmark/layouts.py has the cases,
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -75,6 +76,14 @@ def test_a_rank_with_nothing_to_do(script, layout, alone, tmp_path):
     needs(layout)
     more = ("--max_steps", "4", "--train_batch_size", "1")
     assert_same(alone(script, *more), train(script, layout, tmp_path / "run", *more), tmp_path / "run")
+
+
+def test_the_page_shows_what_was_found():
+    results = ROOT / "benchmark/results/layouts"
+    assert (results / "table.md").read_text() in (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    found = json.loads((results / "layouts.json").read_text())
+    assert found.keys() == {f"{case} | {layout}" for case in CASES for layout in LAYOUTS}
+    assert all(max(differences.values()) <= LIMIT for differences in found.values())
 
 
 FLAGS = ("--save_steps", "4", "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--max_steps")
