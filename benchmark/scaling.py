@@ -80,12 +80,12 @@ def activations_of_layer(shape: Shape, length: int, flash: bool) -> float:
     """Bytes that backward needs of one token and layer, as transformers' Llama computes it in bf16, not compiled.
 
     Two norms: the input in fp32, normalised and scaled in bf16. The MLP: gate, its SiLU, up, their product. Attention:
-    queries, keys and values, and what it puts out; on a CPU also the fp32 copies and weights of `plain_attention`.
+    queries, keys and values, and what it puts out; on a CPU also the weights that `block_attention` keeps.
     """
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * queries + 2 * (queries + 2 * keys)
     if not flash:
-        attention = 2 * queries + 4 * (queries + keys) + 2 * keys + 6 * shape.heads * length
+        attention += 2 * shape.heads * length / 2
     return 2 * 8 * shape.hidden + 4 * 2 * shape.mlp + attention
 
 
@@ -96,9 +96,8 @@ def activations(shape: Shape, tokens: int, length: int, checkpointing: bool, fla
 
 
 def output_head(shape: Shape, tokens: int, chunk_elements: int = 2**28) -> float:
-    """Of `score_tokens` in backward: a chunk of logits in fp32 and bf16, the head's gradient in fp32 and bf16."""
-    rows = min(tokens, max(128, chunk_elements // shape.vocabulary))
-    return 6 * rows * shape.vocabulary + 6 * shape.of_head
+    """Of `score_tokens` in backward: a chunk of logits in fp32 and bf16, the head's gradient in bf16."""
+    return 6 * min(tokens * shape.vocabulary, chunk_elements) + 2 * shape.of_head
 
 
 # ------------------------------------------------------------------------------------------------ time
@@ -209,7 +208,7 @@ def measured() -> list[tuple[str, float, float]]:
                 row_tokens = int(row_tokens * (1 - result["prompt_share"] / 2))
             memory = states(SMOLLM2, "replicated", 1)
             memory += activations(SMOLLM2, row_tokens, length, leg == "U0", flash=False)
-            memory += 0 if script == "reward" else output_head(SMOLLM2, row_tokens, 2**25)
+            memory += 0 if script == "reward" else output_head(SMOLLM2, row_tokens, 2**22)
             memory += 2 * SMOLLM2.parameters if script in ("dpo", "kto") else 0  # the reference
             points.append((f"{script} {leg}", memory, result["summary"]["cpu"][leg]["peak_gb"] * 1e9))
     return points
