@@ -298,6 +298,11 @@ class ZeroAdamW(torch.optim.AdamW):
                 start += parameter.partition_numel()
         return parts
 
+    def weights(self) -> list[torch.Tensor]:
+        """This rank's slices without their padding, which nobody ever sets."""
+        slices = self.slices([p.detach() for p in self.masters()])
+        return [s.tensor[: max(0, s.rows - dist.get_rank() * len(s.tensor))] for s in slices]
+
     def state_dict(self):
         state = {"masters": self.slices([p.detach() for p in self.masters()])}
         moments = [self.state[p] for p in self.masters() if p in self.state]
@@ -362,7 +367,7 @@ def make_optimizer(model, learning_rate: float, betas: tuple[float, float], eps:
 
 def weight_sum(optimizer) -> float:
     """A number, the same on all ranks, that changes when any trained weight changes: the first update must move it."""
-    weights = optimizer.masters() if isinstance(optimizer, ZeroAdamW) else optimizer.param_groups[0]["params"]
+    weights = optimizer.weights() if isinstance(optimizer, ZeroAdamW) else optimizer.param_groups[0]["params"]
     parts = (part for p in weights for part in p.detach().flatten().split(2**20))  # all in fp64 would be the peak
     return sum_over_ranks(sum(part.double().abs().sum() for part in parts)).item()
 
